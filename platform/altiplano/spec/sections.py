@@ -1,0 +1,225 @@
+"""The sections of a pipeline file, under the names of TRL, PEFT, Ray and Optuna.
+
+Each field says what it trades. Unknown keys are errors; values never change after validation.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+DataFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
+Probability = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """One section: closed (an unknown key is an error), frozen, without NaN or infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Model(Section):
+    """The base model that stays frozen under the adapter."""
+
+    model_name_or_path: str = Field("cria", description="`cria` (ships with the package), a directory, or a hub id.")
+    model_revision: str | None = Field(None, description="Commit of a hub model. A hub model is promoted only when this is set.")
+    dtype: Dtype = Field("float32", description="bfloat16 halves memory and is faster on a GPU; float32 on a CPU.")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    load_in_4bit: bool = Field(False, description="QLoRA: base weights in 4 bits. Saves memory, costs some speed.")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    bnb_4bit_use_double_quant: bool = True
+    bnb_4bit_compute_dtype: Dtype = "bfloat16"
+
+
+class Lora(Section):
+    """The adapter, as in `peft.LoraConfig`."""
+
+    r: int = Field(16, ge=1, le=512, description="Rank: a higher one learns more and costs memory and time.")
+    lora_alpha: float = Field(32.0, gt=0, description="The update is scaled by lora_alpha / r (or / sqrt(r) with use_rslora).")
+    lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | Literal["gaussian", "pissa", "olora"] = True
+
+
+class DataSource(Section):
+    """One file, directory or data set."""
+
+    path: str = Field(description="JSONL or parquet file (local or s3://), or a hub id.")
+    split: str = "train"
+    format: DataFormat = "auto"
+    revision: str | None = None
+
+
+class Data(Section):
+    """What is learned from, and how rows become tokens."""
+
+    datasets: tuple[DataSource, ...] = Field(min_length=1)
+    eval_datasets: tuple[DataSource, ...] = Field(min_length=1)
+    max_length: int = Field(2048, ge=16, description="Longest row in tokens; longer rows are refused by the audit, not cut.")
+    packing: bool = Field(True, description="Best-fit packing of several rows into one sequence of max_length: less padding.")
+    assistant_only_loss: bool = Field(True, description="Learn the assistant's words only, not the user's.")
+    date_string: str = Field("26 Jul 2024", description="The date in Llama 3.2's system header; pinned, the same at serving.")
+    allow_duplicates: bool = False
+    allow_overlap: bool = Field(False, description="Allow evaluation rows that also occur in the training data.")
+
+
+class Training(Section):
+    """One fine-tune, under the names of TrainingArguments."""
+
+    learning_rate: float = Field(4e-4, gt=0, lt=1)
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of all steps over which the learning rate rises.")
+    weight_decay: float = Field(0.0, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    num_train_epochs: float = Field(1.0, gt=0)
+    tokens_per_step: int = Field(16384, ge=16, description="Global batch in tokens; the same for any number of workers.")
+    micro_batch_tokens: int | None = Field(None, ge=16, description="Tokens per forward pass of one worker; null: chosen by the memory estimate.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: much less memory, about 1.4 times the time.")
+    seed: int = Field(42, ge=0, lt=2**31)
+    logging_steps: int = Field(5, ge=1)
+    eval_steps: int = Field(50, ge=1)
+    save_steps: int = Field(50, ge=1)
+    max_checkpoints: int = Field(2, ge=1)
+
+
+class AshaScheduler(Section):
+    """Asynchronous successive halving: stops the trials that fall behind."""
+
+    type: Literal["asha"] = "asha"
+    time_attr: Literal["tokens_seen"] = "tokens_seen"
+    max_t: int = Field(ge=1, description="Tokens that a surviving trial trains on.")
+    grace_period: int = Field(ge=1, description="No trial is stopped before this many tokens.")
+    reduction_factor: int = Field(3, ge=2)
+
+    @model_validator(mode="after")
+    def _grace_within_budget(self) -> "AshaScheduler":
+        if self.grace_period > self.max_t:
+            raise ValueError(f"grace_period ({self.grace_period}) is above max_t ({self.max_t}): no trial could ever be stopped")
+        return self
+
+
+class OptunaSearch(Section):
+    """Optuna's sampler."""
+
+    type: Literal["optuna"] = "optuna"
+    sampler: Literal["tpe", "random"] = "tpe"
+    seed: int = 0
+
+
+class Tune(Section):
+    """The sweep. Keys of `search_space` are dotted paths of this file."""
+
+    metric: str = "eval/loss"
+    mode: Literal["min", "max"] = "min"
+    num_samples: int = Field(8, ge=1)
+    max_concurrent_trials: int = Field(2, ge=1)
+    time_budget_s: float | None = Field(None, gt=0)
+    eval_rows: int = Field(128, ge=1, description="Size of the fixed slice on which all trials are compared.")
+    scheduler: AshaScheduler
+    search_alg: OptunaSearch = OptunaSearch()
+    search_space: dict[str, dict[str, Any]] = Field(
+        min_length=1, description="dotted path -> {loguniform: [low, high]} | {uniform: [low, high]} | {choice: [...]} | {randint: [low, high]}"
+    )
+
+
+class Scaling(Section):
+    """Workers of the final run, as in `ray.train.ScalingConfig`."""
+
+    num_workers: int = Field(1, ge=1)
+    use_gpu: bool = False
+    cpus_per_worker: float = Field(1.0, gt=0)
+    cpus_per_trial: float = Field(1.0, gt=0)
+
+
+class Failure(Section):
+    """What a run survives, as in `ray.train.FailureConfig`."""
+
+    max_failures: int = Field(3, ge=-1, description="Worker failures before the run fails; -1: no limit.")
+    max_preemption_failures: int = Field(-1, ge=-1)
+    start_timeout_s: float = Field(600.0, gt=0, description="A run whose workers cannot be placed for this long fails.")
+
+
+class Run(Section):
+    """Where results live."""
+
+    name: Name
+    storage_path: str = Field(".altiplano", description="Local directory, mounted volume or s3:// prefix.")
+
+
+class Evaluate(Section):
+    """How the candidate, the base and the champion are measured, on the same rows."""
+
+    tasks: tuple[str, ...] = Field(("perplexity", "exact_match"), min_length=1, description="perplexity, exact_match, json_validity, or lm_eval:<task>.")
+    max_new_tokens: int = Field(256, ge=1)
+    batch_size: int = Field(64, ge=1)
+    limit: int | None = Field(None, ge=1, description="Rows to evaluate; null: all.")
+
+
+class Gate(Section):
+    """When a candidate may replace the champion."""
+
+    primary: str = "exact_match"
+    min_delta: float = Field(0.0, ge=0, description="The lower confidence bound of the gain must be above this.")
+    alpha: Probability = Field(0.05, description="Chance of promoting a model that is no better.")
+    non_inferiority: dict[str, float] = Field(default_factory=dict, description="task -> largest loss that is tolerated.")
+    max_latency_regression: float = Field(0.25, ge=0, description="Tolerated relative growth of time per generated token.")
+    bootstrap_samples: int = Field(10_000, ge=100)
+
+
+class Tracking(Section):
+    """MLflow."""
+
+    tracking_uri: str | None = Field(None, description="null: the server that `altiplano up` starts, on SQLite in storage_path.")
+    experiment_name: str | None = Field(None, description="null: run.name.")
+    registered_model_name: Name | None = Field(None, description="null: run.name.")
+
+
+class Serve(Section):
+    """The endpoint, under vLLM's names."""
+
+    enabled: bool = True
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
+    engine: Literal["altiplano", "vllm"] = "altiplano"
+    max_model_len: int = Field(2048, ge=16)
+    max_num_seqs: int = Field(64, ge=1)
+    max_num_batched_tokens: int = Field(2048, ge=16)
+    block_size: int = Field(32, ge=1, description="Tokens per page of KV cache.")
+    kv_cache_tokens: int = Field(65536, ge=32, description="Size of the KV cache in tokens (on a CPU; on a GPU: what memory allows).")
+    enable_prefix_caching: bool = True
+
+
+class Pipeline(Section):
+    """One pipeline file."""
+
+    model: Model = Model()
+    lora: Lora = Lora()
+    data: Data
+    training: Training = Training()
+    tune: Tune | None = Field(None, description="null: no sweep, `lora` and `training` are used as written.")
+    scaling: Scaling = Scaling()
+    failure: Failure = Failure()
+    run: Run
+    evaluate: Evaluate = Evaluate()
+    gate: Gate = Gate()
+    tracking: Tracking = Tracking()
+    serve: Serve = Serve()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Pipeline":
+        if self.gate.primary not in self.evaluate.tasks:
+            raise ValueError(f"gate.primary is {self.gate.primary!r}, which is not in evaluate.tasks {list(self.evaluate.tasks)}: add it there")
+        missing = sorted(set(self.gate.non_inferiority) - set(self.evaluate.tasks))
+        if missing:
+            raise ValueError(f"gate.non_inferiority names {missing}, not in evaluate.tasks {list(self.evaluate.tasks)}: add them there")
+        if self.data.max_length > self.training.tokens_per_step:
+            raise ValueError(
+                f"training.tokens_per_step ({self.training.tokens_per_step}) is below data.max_length ({self.data.max_length}): "
+                "one row would not fit in a step; raise tokens_per_step"
+            )
+        if self.model.load_in_4bit and self.lora.use_dora and self.scaling.use_gpu is False:
+            raise ValueError("model.load_in_4bit with lora.use_dora needs a GPU: set scaling.use_gpu or turn one of them off")
+        return self
