@@ -1,0 +1,45 @@
+# Every target makes its own .venv and installs what it needs. CPU build of torch where there is no NVIDIA driver.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# uv reads its own variable for extra wheel directories: pass on what pip is configured with.
+export UV_FIND_LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS))
+TORCH_BACKEND := $(shell command -v nvidia-smi >/dev/null 2>&1 || test -n "$(UV_FIND_LINKS)" || echo --torch-backend=cpu)
+INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_BACKEND)
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: $(VENV)/.runtime
+	$(BIN)/altiplano run pipelines/demo/pipeline.yaml
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow --timeout=900
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/control_plane.py
+
+clean:
+	if [ -x $(BIN)/altiplano ]; then $(BIN)/altiplano down; fi
+	rm -rf $(VENV) .altiplano .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+
+$(BIN)/uv:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+
+$(VENV)/.runtime: $(BIN)/uv pyproject.toml
+	$(INSTALL) -e .
+	touch $@
+
+$(VENV)/.dev: $(BIN)/uv pyproject.toml
+	$(INSTALL) -e '.[dev]'
+	touch $@ $(VENV)/.runtime

@@ -1,0 +1,146 @@
+"""A Ray head of our own on this machine, apart from any other Ray that runs here.
+
+It has its own temporary folder, its own ports on the loopback interface and its own token, so neither a user's cluster nor
+another workspace can be confused with it.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from altiplano.cluster import processes
+
+
+class RayStartError(RuntimeError):
+    """The head did not come up; the message holds the end of Ray's own output."""
+
+
+@dataclass(frozen=True)
+class RayHead:
+    """Where a head of ours listens."""
+
+    address: str  # host:port of the GCS
+    dashboard: str  # URL, needs the token
+    token_path: str
+    temp_dir: str
+
+    def environment(self) -> dict[str, str]:
+        """What a driver or worker needs to connect (Ray reads its settings from the environment only)."""
+        return {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": self.token_path,
+            "RAY_ADDRESS": self.address,
+            "RAY_USAGE_STATS_ENABLED": "0",
+            # Ray replaces print() otherwise, and libraries that disassemble code while hashing flood the log with it.
+            "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        }
+
+
+def start(workspace: Path, num_cpus: int) -> RayHead:
+    """The running head of `workspace`, started now if there is none."""
+    running = find(workspace)
+    if running is not None:
+        return running
+    workspace.mkdir(parents=True, exist_ok=True)
+    head = RayHead(
+        address=f"127.0.0.1:{processes.free_port()}",
+        dashboard=f"http://127.0.0.1:{processes.free_port()}",
+        token_path=str(_token(workspace)),
+        temp_dir=str(_temp_dir(workspace)),
+    )
+    environment = {**processes.mark(workspace), **head.environment()}
+    environment.pop("RAY_ADDRESS")  # `ray start --head` refuses to start beside an address
+    done = subprocess.run(_command(head, num_cpus), env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode != 0:
+        processes.stop(processes.marked(workspace))
+        raise RayStartError(f"Ray did not start (exit code {done.returncode}):\n{(done.stdout + done.stderr)[-2000:]}")
+    _state_file(workspace).write_text(json.dumps(asdict(head)))
+    return head
+
+
+def find(workspace: Path) -> RayHead | None:
+    """The head of `workspace` if it answers, else None."""
+    try:
+        head = RayHead(**json.loads(_state_file(workspace).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    host, port = head.address.rsplit(":", 1)
+    try:
+        socket.create_connection((host, int(port)), timeout=2).close()
+    except OSError:
+        return None
+    return head
+
+
+def stop(workspace: Path) -> int:
+    """End every process of `workspace`, remove Ray's temporary folder; returns how many processes were ended."""
+    found = processes.marked(workspace)
+    processes.stop(found)
+    # A worker can fork between the look and the signal: look again until nothing is left.
+    while left := processes.marked(workspace):
+        processes.stop(left)
+        found += left
+    _state_file(workspace).unlink(missing_ok=True)
+    shutil.rmtree(_temp_dir(workspace), ignore_errors=True)
+    return len({p.pid for p in found})
+
+
+def default_num_cpus() -> int:
+    """Ray's logical CPUs: the cores, and at least 6, so that an idle endpoint never blocks a training run on a laptop."""
+    return max(6, psutil.cpu_count() or 1)
+
+
+def connect(head: RayHead | None, **arguments: Any) -> None:
+    """Connect this process to `head`, or (None) to the cluster that the environment names: inside a Ray job."""
+    if head is not None:
+        os.environ.update(head.environment())
+    import ray
+
+    ray.init(address=None if head is None else head.address, ignore_reinit_error=True, logging_level="WARNING", **arguments)
+
+
+def _command(head: RayHead, num_cpus: int) -> list[str]:
+    options = {
+        "port": head.address.rsplit(":", 1)[1],
+        "node-ip-address": "127.0.0.1",
+        "dashboard-host": "127.0.0.1",
+        "dashboard-port": head.dashboard.rsplit(":", 1)[1],
+        "dashboard-agent-listen-port": str(processes.free_port()),
+        "ray-client-server-port": str(processes.free_port()),
+        "temp-dir": head.temp_dir,
+        "num-cpus": str(num_cpus),
+    }
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    return [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--disable-usage-stats", *flags]
+
+
+def _token(workspace: Path) -> Path:
+    """A fresh secret per workspace, readable by its owner only."""
+    path = workspace.resolve() / "ray.token"
+    if not path.exists():
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(secrets.token_hex(32))
+    return path
+
+
+def _temp_dir(workspace: Path) -> Path:
+    """Short, because Ray puts unix sockets under it and their paths end at 107 bytes."""
+    name = hashlib.sha256(str(workspace.resolve()).encode()).hexdigest()[:10]
+    return Path(tempfile.gettempdir()) / f"altiplano-{name}"
+
+
+def _state_file(workspace: Path) -> Path:
+    return workspace / "ray.json"

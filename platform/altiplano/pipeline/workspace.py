@@ -1,0 +1,107 @@
+"""Where a pipeline keeps its state on disk, and the lock that keeps two pipelines out of one workspace."""
+
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class WorkspaceBusyError(RuntimeError):
+    """Another pipeline is running in this workspace."""
+
+
+class WorkspaceError(RuntimeError):
+    """The workspace cannot be written."""
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """`root/` holds services and all runs; `root/<run>/` is one pipeline."""
+
+    root: Path
+    run: str
+
+    @property
+    def run_dir(self) -> Path:
+        return self.root / self.run
+
+    @property
+    def pipeline_file(self) -> Path:
+        """The resolved pipeline, as the driver reads it."""
+        return self.run_dir / "pipeline.json"
+
+    @property
+    def events_file(self) -> Path:
+        return self.run_dir / "events.jsonl"
+
+    @property
+    def log_file(self) -> Path:
+        """Everything that the driver and the libraries print."""
+        return self.run_dir / "driver.log"
+
+    @property
+    def spool_dir(self) -> Path:
+        """Measurements on their way to MLflow; shared by all runs of the workspace."""
+        return self.root / "spool"
+
+    def stage_dir(self, stage: str) -> Path:
+        return self.run_dir / stage
+
+    def create(self) -> None:
+        """Make the directories, or say why they cannot be made."""
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self.spool_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise WorkspaceError(f"{self.run_dir} cannot be written ({error.strerror}): free space, or change run.storage_path") from error
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the workspace; the lock ends with this process, however it ends.
+
+        Raises:
+            WorkspaceBusyError: another process holds it.
+        """
+        self.create()
+        path = self.root / "pipeline.lock"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+                raise WorkspaceBusyError(
+                    f"{self.root} is in use by {holder}: wait for it (`altiplano status`), stop it (`altiplano down`), or set another run.storage_path"
+                ) from error
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"pipeline {self.run!r} (pid {os.getpid()})".encode(), 0)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by the JSON text of `value`; a crash or a full disk leaves the old file whole.
+
+    Raises:
+        WorkspaceError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "w") as stream:
+                json.dump(value, stream, indent=1, sort_keys=True)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(scratch, path)
+        except BaseException:
+            os.unlink(scratch)
+            raise
+    except OSError as error:
+        raise WorkspaceError(f"{path} cannot be written ({error.strerror}): free space, or change run.storage_path") from error
