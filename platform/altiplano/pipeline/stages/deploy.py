@@ -1,0 +1,105 @@
+"""The champion goes to the endpoint, and answers one held-out question before the stage counts as done."""
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from altiplano import spec
+from altiplano.data import Prepared
+from altiplano.models.loading import resolve_model_path
+from altiplano.models.manifest import verify_manifest
+from altiplano.pipeline.context import Context, Stage
+from altiplano.pipeline.ledger import Outputs, Record
+from altiplano.registry import ModelRegistry
+from altiplano.serve import ServeSettings, deploy
+
+CHAMPION = "champion"
+ANSWER_TIMEOUT_S = 60.0
+
+
+class DeployError(RuntimeError):
+    """The endpoint did not come up or did not answer."""
+
+
+def _inputs(context: Context) -> dict[str, Any]:
+    return {"register": context.records["register"].digest, "serve": context.pipeline.serve.model_dump(mode="json")}
+
+
+def _run(context: Context) -> Outputs:
+    pipeline = context.pipeline
+    name = context.registered_name
+    if not pipeline.serve.enabled:
+        return {"url": None, "reason": "serve.enabled is false"}
+    registry = ModelRegistry(context.services.tracking_uri)
+    champion = registry.get(name, CHAMPION)
+    if champion is None:
+        return {"url": None, "reason": "the registry has no champion, so nothing is deployed"}
+    adapter = registry.download(name, champion.version, context.workspace.stage_dir("deploy") / f"{name}-{champion.version}")
+    context.progress("deploy", f"{name} version {champion.version} on {pipeline.serve.host}:{pipeline.serve.port}")
+    digest = context.outputs("data")["template_digest"]
+    deploy(_settings(pipeline, f"{name}-{champion.version}", str(adapter), digest), pipeline.serve)
+    url = f"http://{pipeline.serve.host}:{pipeline.serve.port}/v1"
+    question, answer = _ask(url, context)
+    context.tracked.set_tags({"altiplano.endpoint": url, "altiplano.version": str(champion.version)})
+    return {
+        "url": url,
+        "version": champion.version,
+        "adapter_path": str(adapter),
+        "template_digest": digest,
+        "question": question,
+        "answer": answer,
+        "model": CHAMPION,
+    }
+
+
+def redeploy(pipeline: spec.Pipeline, record: Record) -> None:
+    """Deploy again what an earlier run deployed, without the registry."""
+    outputs = record.outputs
+    verify_manifest(Path(outputs["adapter_path"]))
+    served = Path(outputs["adapter_path"]).name
+    deploy(_settings(pipeline, served, outputs["adapter_path"], outputs["template_digest"]), pipeline.serve)
+
+
+def _settings(pipeline: spec.Pipeline, served: str, adapter: str, template_digest: str) -> ServeSettings:
+    return ServeSettings(
+        model_path=str(resolve_model_path(pipeline.model)),
+        served_model_name=pipeline.model.model_name_or_path,
+        adapters={served: adapter},
+        aliases={CHAMPION: served},
+        date_string=pipeline.data.date_string,
+        template_digest=template_digest,
+        dtype=pipeline.model.dtype,
+        device="cuda" if pipeline.scaling.use_gpu else "cpu",
+    )
+
+
+def _ask(url: str, context: Context) -> tuple[str, str]:
+    """The first held-out question and the endpoint's answer to it."""
+    row = Prepared.load(context.workspace.stage_dir("data")).eval_rows[0]
+    messages = [m for m in row.messages if m["role"] != "assistant"]
+    body = {"model": CHAMPION, "messages": messages, "max_tokens": context.pipeline.evaluate.max_new_tokens, "temperature": 0.0}
+    response = httpx.post(f"{url}/chat/completions", json=body, timeout=ANSWER_TIMEOUT_S)
+    if response.is_error:
+        raise DeployError(f"the endpoint answered {response.status_code} to a held-out question: {response.text[:300]}")
+    return messages[-1]["content"], response.json()["choices"][0]["message"]["content"]
+
+
+def _holds(context: Context, record: Record) -> bool:
+    """A deployment is done only as long as its endpoint answers with the same version."""
+    url = record.outputs["url"]
+    if url is None:
+        return True
+    try:
+        response = httpx.get(f"{url}/models", timeout=5)
+        names = {entry["id"] for entry in response.json()["data"]}
+    except (httpx.HTTPError, ValueError, KeyError):
+        return False
+    return f"{context.registered_name}-{record.outputs['version']}" in names
+
+
+def _summary(outputs: Outputs) -> str:
+    return f"{outputs['url']} serves version {outputs['version']}" if outputs["url"] else f"nothing deployed: {outputs['reason']}"
+
+
+STAGE = Stage("deploy", _inputs, _run, _summary, _holds)
