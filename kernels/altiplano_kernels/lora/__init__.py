@@ -1,0 +1,1 @@
+"""Low-rank updates of several adapters in one batch."""

@@ -1,0 +1,1 @@
+"""The gated activation of a Llama feed-forward layer."""

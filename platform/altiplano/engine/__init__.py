@@ -1,0 +1,24 @@
+"""The inference engine: knows tokens, tensors and time.
+
+May import: torch, safetensors, tokenizers, altiplano_kernels. Must never know: HTTP, Ray, MLflow, pydantic. The control part
+(requests, pages, prefix cache, scheduler) imports no torch at all.
+"""
+
+from altiplano.engine.config import EngineConfig
+from altiplano.engine.core import Completion, Engine, EngineStats, TokenOutput
+from altiplano.engine.errors import AdapterError, EngineError, PromptTooLongError, UnknownAdapterError, WeightsError
+from altiplano.engine.params import SamplingParams
+
+__all__ = [
+    "AdapterError",
+    "Completion",
+    "Engine",
+    "EngineConfig",
+    "EngineError",
+    "EngineStats",
+    "PromptTooLongError",
+    "SamplingParams",
+    "TokenOutput",
+    "UnknownAdapterError",
+    "WeightsError",
+]

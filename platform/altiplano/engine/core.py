@@ -1,0 +1,266 @@
+"""The engine: requests in, tokens out, one step at a time."""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from altiplano.engine.config import EngineConfig
+from altiplano.engine.errors import AdapterError, PromptTooLongError, UnknownAdapterError
+from altiplano.engine.pages import PagePool
+from altiplano.engine.params import SamplingParams
+from altiplano.engine.radix import RadixIndex
+from altiplano.engine.request import Request
+from altiplano.engine.runner import Drawn, Runner
+from altiplano.engine.scheduler import Scheduler
+
+
+@dataclass(frozen=True)
+class TokenOutput:
+    """One step's news of one request: at most one token, and the reason when it was the last."""
+
+    request_id: str
+    token_id: int | None
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    finish_reason: str | None = None  # stop, length or abort
+    num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished request. `token_ids` include the token that ended it; `prompt_logprobs` belong to tokens 1, 2, … of the prompt."""
+
+    token_ids: list[int]
+    finish_reason: str
+    logprobs: list[float]
+    prompt_logprobs: list[float]
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters since the start, and the present load."""
+
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float  # share of pages that requests or cached prefixes hold
+    num_cached_pages: int
+    prompt_tokens: int
+    generation_tokens: int
+    cached_tokens: int
+    preemptions: int
+    steps: int
+    step_seconds: float
+
+
+class Engine:
+    """Synchronous and single-threaded: call `step` until `has_unfinished` is false.
+
+    Raises:
+        WeightsError: the model directory cannot be used.
+    """
+
+    def __init__(self, config: EngineConfig, runner: Runner | None = None) -> None:
+        self.config = config
+        self.runner = runner or _make_runner(config)
+        self._pool = PagePool(config.num_blocks)
+        self._radix = RadixIndex(self._pool, config.block_size) if config.enable_prefix_caching else None
+        self._scheduler = Scheduler(self._pool, self._radix, config.block_size, config.max_num_seqs, config.max_num_batched_tokens)
+        self._requests: dict[str, Request] = {}
+        self._adapters: dict[str, Path] = {}
+        self._news: list[TokenOutput] = []
+        self._arrivals = self._prompt_tokens = self._generated = self._cached = self._steps = 0
+        self._seconds = 0.0
+
+    @property
+    def adapters(self) -> list[str]:
+        return sorted(self._adapters)
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        adapter: str | None = None,
+        priority: int = 0,
+        namespace: str = "",
+    ) -> None:
+        """Queue a request. Requests with lower `priority` values go first; `namespace` keeps cached prefixes apart.
+
+        Raises:
+            ValueError: an empty prompt, a token outside the vocabulary, an id that is in use.
+            PromptTooLongError, UnknownAdapterError: see there.
+        """
+        self._check(request_id, prompt_token_ids, params, adapter)
+        self._arrivals += 1
+        seed = params.seed if params.seed is not None else _seed(self.config.seed, self._arrivals)
+        request = Request(
+            request_id,
+            len(prompt_token_ids),
+            list(prompt_token_ids),
+            params,
+            seed,
+            self._arrivals,
+            adapter,
+            priority,
+            namespace,
+        )
+        self._requests[request_id] = request
+        self._scheduler.add(request)
+        self._prompt_tokens += request.prompt_len
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its pages are free at once, its last output comes with the next step. Unknown ids are ignored."""
+        request = self._requests.pop(request_id, None)
+        if request is not None:
+            self._scheduler.finish(request, "abort")
+            self._news.append(TokenOutput(request_id, None, finish_reason="abort"))
+
+    def has_unfinished(self) -> bool:
+        return bool(self._requests or self._news)
+
+    def step(self) -> list[TokenOutput]:
+        """Compute one step and return its news."""
+        news, self._news = self._news, []
+        plan = self._scheduler.plan()
+        if not plan.chunks:
+            return news
+        started = time.perf_counter()
+        results = self.runner.execute(plan)
+        self._seconds += time.perf_counter() - started
+        self._steps += 1
+        for chunk, drawn in zip(plan.chunks, results, strict=True):
+            request = self._requests[chunk.request_id]
+            request.prompt_logprobs += drawn.prompt_logprobs
+            self._scheduler.advance(request, chunk, drawn.token)
+            if drawn.token is not None:
+                news.append(self._book(request, drawn))
+        if self.config.debug:
+            self._scheduler.check()
+        return news
+
+    def load_adapter(self, name: str, directory: Path) -> None:
+        """Load (or replace) a LoRA adapter from a directory in PEFT's format.
+
+        Raises:
+            AdapterError: it does not fit this model or these settings.
+        """
+        if any(request.adapter == name for request in self._requests.values()):
+            raise AdapterError(f"adapter {name!r} is in use by running requests: load it under another name, or wait")
+        self.runner.load_adapter(name, directory)
+        self._adapters[name] = directory
+        self._forget(name)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter.
+
+        Raises:
+            UnknownAdapterError: there is none of that name.
+            AdapterError: requests still use it.
+        """
+        if name not in self._adapters:
+            raise UnknownAdapterError(f"no adapter {name!r} is loaded; loaded: {', '.join(self.adapters) or 'none'}")
+        if any(request.adapter == name for request in self._requests.values()):
+            raise AdapterError(f"adapter {name!r} is in use by running requests: wait for them or abort them")
+        self.runner.unload_adapter(name)
+        del self._adapters[name]
+        self._forget(name)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting),
+            kv_cache_usage=1 - self._pool.num_free / self._pool.num_pages,
+            num_cached_pages=len(self._radix) if self._radix else 0,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generated,
+            cached_tokens=self._cached,
+            preemptions=self._scheduler.num_preemptions,
+            steps=self._steps,
+            step_seconds=self._seconds,
+        )
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], adapter: str | None = None
+    ) -> list[Completion]:
+        """Run `prompts` to their ends, batched, and return the answers in order. The engine must be idle."""
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        names = [f"generate-{self._arrivals}-{i}" for i in range(len(prompts))]
+        requests = []
+        for name, prompt, one in zip(names, prompts, each, strict=True):
+            self.add_request(name, prompt, one, adapter=adapter)
+            requests.append(self._requests[name])
+        logprobs: dict[str, list[float]] = {name: [] for name in names}
+        while self.has_unfinished():
+            for output in self.step():
+                if output.logprob is not None:
+                    logprobs[output.request_id].append(output.logprob)
+        return [
+            Completion(r.tokens[r.prompt_len :], r.finish_reason or "abort", logprobs[r.request_id], r.prompt_logprobs) for r in requests
+        ]
+
+    def score(self, sequences: Sequence[Sequence[int]], adapter: str | None = None) -> list[list[float]]:
+        """Log-probabilities of every token after the first, for each of `sequences`."""
+        params = SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=True)
+        return [completion.prompt_logprobs for completion in self.generate(sequences, params, adapter)]
+
+    def _check(self, request_id: str, prompt: Sequence[int], params: SamplingParams, adapter: str | None) -> None:
+        if request_id in self._requests:
+            raise ValueError(f"request id {request_id!r} is in use: give every request its own")
+        if not prompt:
+            raise ValueError("the prompt is empty: give at least one token")
+        if min(prompt) < 0 or max(prompt) >= self.runner.vocab_size:
+            raise ValueError(f"the prompt has token ids outside 0 … {self.runner.vocab_size - 1}: it was made with another tokenizer")
+        limit = self.config.max_model_len
+        if len(prompt) + params.max_tokens > limit:
+            raise PromptTooLongError(
+                f"{len(prompt)} prompt tokens and max_tokens {params.max_tokens} are more than the context of {limit}: shorten one of them"
+            )
+        bad = [token for token in params.logit_bias or {} if not 0 <= token < self.runner.vocab_size]
+        if bad:
+            raise ValueError(f"logit_bias names token ids {bad} outside 0 … {self.runner.vocab_size - 1}")
+        if adapter is not None and adapter not in self._adapters:
+            raise UnknownAdapterError(f"no adapter {adapter!r} is loaded; loaded: {', '.join(self.adapters) or 'none'}")
+
+    def _book(self, request: Request, drawn: Drawn) -> TokenOutput:
+        """End the request if this token is its last."""
+        params, token = request.params, drawn.token
+        assert token is not None
+        reason = None
+        if params.max_tokens == 0:
+            request.tokens.pop()  # scoring: the draw was not asked for
+            reason, token = "length", None
+        elif request.num_generated >= params.min_tokens and self._ends(params, token):
+            reason = "stop"
+        elif request.num_generated >= params.max_tokens:
+            reason = "length"
+        self._generated += token is not None
+        if request.num_generated <= 1:
+            self._cached += request.num_cached_tokens
+        if reason is not None:
+            self._scheduler.finish(request, reason)
+            del self._requests[request.request_id]
+        return TokenOutput(request.request_id, token, drawn.logprob, drawn.top, reason, request.num_cached_tokens)
+
+    def _ends(self, params: SamplingParams, token: int) -> bool:
+        return token in params.stop_token_ids or (not params.ignore_eos and token in self.runner.eos_token_ids)
+
+    def _forget(self, adapter: str) -> None:
+        """Pages computed with an adapter are wrong for its successor of the same name."""
+        if self._radix is not None:
+            for namespace in self._radix.namespaces():
+                if namespace.split("\0")[0] == adapter:
+                    self._radix.drop(namespace)
+
+
+def _make_runner(config: EngineConfig) -> Runner:
+    from altiplano.engine.cpu.runner import CpuRunner  # torch is needed from here on only
+
+    return CpuRunner(config)
+
+
+def _seed(base: int, arrival: int) -> int:
+    """A seed for a request that brought none: differs by request, repeats with the engine's seed."""
+    return int.from_bytes(hashlib.blake2b(f"{base}/{arrival}".encode(), digest_size=7).digest(), "big")

@@ -1,0 +1,154 @@
+"""The CPU runner: plan to flat batch, forward, draw."""
+
+from pathlib import Path
+
+import torch
+from altiplano_kernels.sampling import reference as sampling
+
+from altiplano.engine.adapters import Adapter, load_adapter
+from altiplano.engine.config import EngineConfig, read_config
+from altiplano.engine.cpu.model import Batch, Llama
+from altiplano.engine.errors import AdapterError
+from altiplano.engine.runner import Drawn
+from altiplano.engine.scheduler import Chunk, StepPlan
+from altiplano.engine.weights import load_weights, random_weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class CpuRunner:
+    """Holds weights, cache and adapters; stateless between steps otherwise."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        model = read_config(config.model)
+        self._config, self._model_config, self._dtype = config, model, DTYPES[config.dtype]
+        if config.load_format == "dummy":
+            weights = random_weights(model, self._dtype, config.device, config.seed)
+        else:
+            weights = load_weights(config.model, model, self._dtype, config.device)
+        shape = (model.num_hidden_layers, config.num_blocks, 2, model.num_key_value_heads, config.block_size, model.head_dim)
+        self._llama = Llama(model, weights, torch.zeros(shape, dtype=self._dtype, device=config.device))
+        self._adapters: dict[str, Adapter] = {}
+        self.vocab_size = model.vocab_size
+        self.eos_token_ids = model.eos_token_ids
+        self.max_position_embeddings = model.max_position_embeddings
+
+    def load_adapter(self, name: str, directory: Path) -> None:
+        if name not in self._adapters and len(self._adapters) >= self._config.max_loras:
+            raise AdapterError(f"{len(self._adapters)} adapters are loaded, and max_loras is {self._config.max_loras}: unload one or raise it")
+        self._adapters[name] = load_adapter(
+            name, directory, self._model_config, self._config.max_lora_rank, self._dtype, self._config.device
+        )
+
+    def unload_adapter(self, name: str) -> None:
+        del self._adapters[name]
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> list[Drawn]:
+        # Decodes first: they share one attention call.
+        order = sorted(range(len(plan.chunks)), key=lambda i: len(plan.chunks[i].tokens) > 1)
+        chunks = [plan.chunks[i] for i in order]
+        hidden = self._llama.forward(self._batch(chunks))
+        ends = torch.tensor([len(chunk.tokens) for chunk in chunks]).cumsum(0)
+        drawn: list[Drawn] = [Drawn()] * len(chunks)
+        sampled = [i for i, chunk in enumerate(chunks) if chunk.sample]
+        if sampled:
+            logits = self._llama.logits(hidden[ends[sampled] - 1])
+            for i, result in zip(sampled, self._draw([chunks[i] for i in sampled], logits), strict=True):
+                drawn[i] = result
+        for i, chunk in enumerate(chunks):
+            if chunk.params.prompt_logprobs and chunk.generated == 0:
+                rows = hidden[int(ends[i]) - len(chunk.tokens) : int(ends[i])]
+                drawn[i] = _with_prompt(drawn[i], chunk, self._llama.logits(rows))
+        return [drawn[order.index(i)] for i in range(len(chunks))]
+
+    def _batch(self, chunks: list[Chunk]) -> Batch:
+        size = self._config.block_size
+        ids = torch.tensor([token for chunk in chunks for token in chunk.tokens])
+        positions = torch.tensor([chunk.start + i for chunk in chunks for i in range(len(chunk.tokens))])
+        slots = torch.tensor([chunk.pages[p // size] * size + p % size for chunk in chunks for p in range(chunk.start, chunk.start + len(chunk.tokens))])
+        decodes = [chunk for chunk in chunks if len(chunk.tokens) == 1]
+        width = max((len(chunk.pages) for chunk in decodes), default=0)
+        tables = torch.tensor([chunk.pages + (0,) * (width - len(chunk.pages)) for chunk in decodes], dtype=torch.int64)
+        prefills, row = [], len(decodes)
+        for chunk in chunks[len(decodes) :]:
+            prefills.append((row, len(chunk.tokens), torch.tensor(chunk.pages), chunk.start))
+            row += len(chunk.tokens)
+        return Batch(
+            ids,
+            positions,
+            slots,
+            len(decodes),
+            tables,
+            torch.tensor([chunk.start + 1 for chunk in decodes]),
+            tuple(prefills),
+            self._groups(chunks),
+        )
+
+    def _groups(self, chunks: list[Chunk]) -> tuple[tuple[Adapter, torch.Tensor | None], ...]:
+        names = [chunk.adapter for chunk in chunks for _ in chunk.tokens]
+        used = sorted({name for name in names if name is not None})
+        if len(used) == 1 and None not in names:
+            return ((self._adapters[used[0]], None),)
+        return tuple((self._adapters[name], torch.tensor([i for i, n in enumerate(names) if n == name])) for name in used)
+
+    def _draw(self, chunks: list[Chunk], logits: torch.Tensor) -> list[Drawn]:
+        """One token per row of logits, float32 [rows, vocab]."""
+        processed = self._process(chunks, logits)
+        tokens = sampling.greedy(processed)
+        random = [i for i, chunk in enumerate(chunks) if not chunk.params.greedy]
+        if random:
+            params = [chunks[i].params for i in random]
+            tokens[random] = sampling.sample(
+                processed[random],
+                torch.tensor([p.temperature for p in params]),
+                torch.tensor([p.top_k for p in params]),
+                torch.tensor([p.top_p for p in params]),
+                torch.tensor([p.min_p for p in params]),
+                torch.tensor([chunks[i].seed for i in random]),
+                torch.tensor([chunks[i].generated for i in random]),
+            )
+        chosen = tokens.tolist()
+        if all(chunk.params.logprobs is None for chunk in chunks):
+            return [Drawn(token) for token in chosen]
+        logprobs = logits.log_softmax(-1)
+        return [_report(chunk, token, logprobs[row]) for row, (chunk, token) in enumerate(zip(chunks, chosen, strict=True))]
+
+    def _process(self, chunks: list[Chunk], logits: torch.Tensor) -> torch.Tensor:
+        """Penalties, bias and the ban of end tokens before min_tokens; the logits themselves when nobody asks."""
+        changed = [c for c in chunks if c.params.penalized or c.params.logit_bias or c.generated < c.params.min_tokens]
+        if not changed:
+            return logits
+        logits = logits.clone()
+        rows = [i for i, chunk in enumerate(chunks) if chunk.history is not None]
+        if rows:
+            params = [chunks[i].params for i in rows]
+            counts = torch.stack([_counts(chunks[i].history[1], self.vocab_size) for i in rows])  # type: ignore[index]
+            prompt = torch.stack([_counts(chunks[i].history[0], self.vocab_size) > 0 for i in rows])  # type: ignore[index]
+            penalties = (torch.tensor([getattr(p, f"{kind}_penalty") for p in params]) for kind in ("presence", "frequency", "repetition"))
+            logits[rows] = sampling.penalize(logits[rows], counts, prompt, *penalties)
+        for row, chunk in enumerate(chunks):
+            for token, bias in (chunk.params.logit_bias or {}).items():
+                logits[row, token] += bias
+            if chunk.generated < chunk.params.min_tokens:
+                logits[row, [*self.eos_token_ids, *chunk.params.stop_token_ids]] = float("-inf")
+        return logits
+
+
+def _counts(tokens: tuple[int, ...], vocab: int) -> torch.Tensor:
+    return torch.bincount(torch.tensor(tokens, dtype=torch.int64), minlength=vocab).float()
+
+
+def _report(chunk: Chunk, token: int, logprobs: torch.Tensor) -> Drawn:
+    if chunk.params.logprobs is None:
+        return Drawn(token)
+    values, ids = logprobs.topk(chunk.params.logprobs)
+    return Drawn(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+
+
+def _with_prompt(drawn: Drawn, chunk: Chunk, logits: torch.Tensor) -> Drawn:
+    """Add the log-probability of the known token after each token of the chunk."""
+    targets = torch.tensor(chunk.next_tokens)
+    rows = logits[: len(targets)].log_softmax(-1)
+    values = rows[torch.arange(len(targets)), targets].tolist()
+    return Drawn(drawn.token, drawn.logprob, drawn.top, tuple(values))

@@ -1,0 +1,59 @@
+"""Ownership of KV-cache pages: who holds a page, and which are free."""
+
+from collections.abc import Iterable
+
+
+class PagePool:
+    """Pages 0 … num_pages - 1 with reference counts.
+
+    A page is free (count 0, in the free list) or held (count > 0). Requests and the prefix cache hold pages side by side; a
+    page is free again when the last holder lets go.
+    """
+
+    def __init__(self, num_pages: int) -> None:
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._count = [0] * num_pages
+
+    @property
+    def num_pages(self) -> int:
+        return len(self._count)
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def take(self, n: int) -> list[int] | None:
+        """`n` pages held once each, or None (and nothing changed) when there are not as many."""
+        if n > len(self._free):
+            return None
+        pages = [self._free.pop() for _ in range(n)]
+        for page in pages:
+            self._count[page] = 1
+        return pages
+
+    def hold(self, pages: Iterable[int]) -> None:
+        """Hold pages that somebody holds already."""
+        for page in pages:
+            assert self._count[page] > 0, f"page {page} is free and cannot be shared"
+            self._count[page] += 1
+
+    def release(self, pages: Iterable[int]) -> list[int]:
+        """Let go once of each page; returns those that became free."""
+        freed = []
+        for page in pages:
+            assert self._count[page] > 0, f"page {page} is released more often than held"
+            self._count[page] -= 1
+            if self._count[page] == 0:
+                self._free.append(page)
+                freed.append(page)
+        return freed
+
+    def holders(self, page: int) -> int:
+        return self._count[page]
+
+    def check(self) -> None:
+        """Raise AssertionError unless every page is either free once or held."""
+        free = set(self._free)
+        assert len(free) == len(self._free), "a page is in the free list twice"
+        for page, count in enumerate(self._count):
+            assert (count == 0) == (page in free), f"page {page} has {count} holders and is {'in' if page in free else 'not in'} the free list"

@@ -1,0 +1,97 @@
+"""The prefix cache: which full pages already hold the keys and values of a token sequence.
+
+A tree whose edges are page-sized chunks of tokens; a namespace (adapter, tenant) has its own root, so nobody hits another's
+pages. A chunk is found by hash and confirmed by its ids. Leaves that no request holds are evicted, the least recently used
+first.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from altiplano.engine.pages import PagePool
+
+Chunk = tuple[int, ...]
+
+
+class _Node:
+    __slots__ = ("children", "chunk", "page", "parent")
+
+    def __init__(self, parent: "_Node | None", chunk: Chunk, page: int) -> None:
+        self.parent, self.chunk, self.page = parent, chunk, page
+        self.children: dict[Chunk, _Node] = {}
+
+
+class RadixIndex:
+    """Maps token prefixes to pages; holds each indexed page once in the pool."""
+
+    def __init__(self, pool: PagePool, block_size: int) -> None:
+        self._pool, self._size = pool, block_size
+        self._roots: dict[str, _Node] = {}
+        self._leaves: OrderedDict[_Node, None] = OrderedDict()  # least recently used first
+
+    def __len__(self) -> int:
+        """Number of indexed pages."""
+        return sum(self._count(root) for root in self._roots.values())
+
+    def match(self, namespace: str, tokens: Sequence[int]) -> list[int]:
+        """Pages of the longest indexed prefix of `tokens`, not held for the caller yet."""
+        node, pages = self._roots.get(namespace), list[int]()
+        while node is not None:
+            start = len(pages) * self._size
+            child = node.children.get(tuple(tokens[start : start + self._size]))
+            if child is None:
+                break
+            pages.append(child.page)
+            node = child
+        if node is not None and node in self._leaves:
+            self._leaves.move_to_end(node)
+        return pages
+
+    def insert(self, namespace: str, tokens: Sequence[int], pages: Sequence[int]) -> None:
+        """Index the full chunks of `tokens`, whose keys and values are in `pages`. Chunks that are known keep their page."""
+        node = self._roots.setdefault(namespace, _Node(None, (), -1))
+        for index in range(min(len(tokens) // self._size, len(pages))):
+            chunk = tuple(tokens[index * self._size : (index + 1) * self._size])
+            child = node.children.get(chunk)
+            if child is None:
+                self._pool.hold([pages[index]])
+                child = node.children[chunk] = _Node(node, chunk, pages[index])
+                self._leaves.pop(node, None)
+                self._leaves[child] = None
+            node = child
+        if node in self._leaves:
+            self._leaves.move_to_end(node)
+
+    def evict(self, n: int) -> int:
+        """Give up to `n` pages back to the pool, from the least recently used leaves that no request holds; returns how many."""
+        freed = 0
+        for leaf in list(self._leaves):
+            node: _Node | None = leaf
+            # A parent becomes a leaf when its last child goes, and is then as old as that child.
+            while freed < n and node is not None and node.parent is not None and not node.children and self._pool.holders(node.page) == 1:
+                self._pool.release([node.page])
+                self._leaves.pop(node, None)
+                del node.parent.children[node.chunk]
+                node, freed = node.parent, freed + 1
+            if node is not None and node.parent is not None and not node.children and node not in self._leaves:
+                self._leaves[node] = None
+                self._leaves.move_to_end(node, last=False)
+            if freed == n:
+                break
+        return freed
+
+    def drop(self, namespace: str) -> None:
+        """Forget a namespace: after an adapter was unloaded or changed."""
+        root = self._roots.pop(namespace, None)
+        stack = list(root.children.values()) if root else []
+        while stack:
+            node = stack.pop()
+            stack += node.children.values()
+            self._leaves.pop(node, None)
+            self._pool.release([node.page])
+
+    def namespaces(self) -> list[str]:
+        return list(self._roots)
+
+    def _count(self, node: _Node) -> int:
+        return sum(1 + self._count(child) for child in node.children.values())

@@ -1,0 +1,53 @@
+"""One request on its way through the engine.
+
+    WAITING ──admitted──► RUNNING ──stop, length, abort──► FINISHED
+       ▲                     │
+       └──────preempted──────┘   (pages given up; computed again later, from the prefix cache where it still holds them)
+
+A request only has known tokens (prompt and answer so far) and computed ones (whose keys and values are cached). Prefill,
+chunks, prefix hits and preemption are all the same: computed chases known.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from altiplano.engine.params import SamplingParams
+
+
+class State(Enum):
+    """Where a request is."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Request:
+    """`tokens` are known, the first `num_computed` of them are in `pages`. Lower `priority` values go first."""
+
+    request_id: str
+    prompt_len: int
+    tokens: list[int]
+    params: SamplingParams
+    seed: int
+    arrival: int
+    adapter: str | None = None
+    priority: int = 0
+    namespace: str = ""
+    state: State = State.WAITING
+    num_computed: int = 0
+    num_cached_tokens: int = 0
+    pages: list[int] = field(default_factory=list)
+    slot: int | None = None
+    prompt_logprobs: list[float] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Smaller goes first."""
+        return (self.priority, self.arrival)

@@ -1,0 +1,35 @@
+"""What a backend does for the engine: turn a plan into tokens."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from altiplano.engine.scheduler import StepPlan
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The result of one chunk: the token (None when the chunk does not reach the last known one) and what was asked about it.
+
+    `logprob` and `top` (token id, log-probability) describe the model's own distribution, before temperature and filters.
+    `prompt_logprobs` are those of the tokens after each position of the chunk that lies inside the prompt.
+    """
+
+    token: int | None = None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    prompt_logprobs: tuple[float, ...] = ()
+
+
+class Runner(Protocol):
+    """A model on a device. `execute` returns one `Drawn` per chunk of the plan, in order."""
+
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    max_position_embeddings: int
+
+    def execute(self, plan: StepPlan) -> list[Drawn]: ...
+
+    def load_adapter(self, name: str, directory: Path) -> None: ...
+
+    def unload_adapter(self, name: str) -> None: ...

@@ -1,0 +1,208 @@
+"""Which tokens the next step computes.
+
+One budget of tokens per step is shared by decodes (one token each) and chunks of prompts. Running requests go first, in the
+order (priority, arrival), so nobody who is being served is starved by newcomers; when pages run out, the last in that order
+gives its pages up and waits again with everything it has said so far. The first in order can always run, because the cache
+holds at least one request of the longest length: every request ends.
+"""
+
+from dataclasses import dataclass
+
+from altiplano.engine.pages import PagePool
+from altiplano.engine.params import SamplingParams
+from altiplano.engine.radix import RadixIndex
+from altiplano.engine.request import Request, State
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens of one request in one step: `tokens` at positions start, start + 1, … Samples when it reaches the last known token.
+
+    `generated` counts the tokens drawn so far: with the seed it decides the noise of the draw. `history` (prompt, output) is
+    filled only when penalties need it.
+    """
+
+    request_id: str
+    slot: int
+    start: int
+    tokens: tuple[int, ...]
+    pages: tuple[int, ...]
+    sample: bool
+    generated: int
+    seed: int
+    params: SamplingParams
+    adapter: str | None
+    history: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    next_tokens: tuple[int, ...] = ()  # the known token after each of `tokens`, filled when their log-probabilities are asked for
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Everything a runner needs for one step, replayable from a log."""
+
+    chunks: tuple[Chunk, ...]
+    preempted: tuple[str, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(chunk.tokens) for chunk in self.chunks)
+
+
+class Scheduler:
+    """Queues, slots and pages of all requests."""
+
+    def __init__(self, pool: PagePool, radix: RadixIndex | None, block_size: int, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.pool, self.radix, self.block_size = pool, radix, block_size
+        self.budget = max_num_batched_tokens
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self._slots = list(range(max_num_seqs - 1, -1, -1))
+        self.num_preemptions = 0
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+        self.waiting.sort(key=lambda r: r.order)
+
+    def plan(self) -> StepPlan:
+        """Choose the tokens of the next step and reserve their pages. Empty only when there are no requests."""
+        budget, chunks, preempted = self.budget, list[Chunk](), list[str]()
+        self.running.sort(key=lambda r: r.order)
+        index = 0
+        while index < len(self.running) and budget > 0:
+            request = self.running[index]
+            n = min(len(request.tokens) - request.num_computed, budget)
+            while not self._reserve(request, n):
+                victim = self.running[-1]
+                self._preempt(victim)
+                preempted.append(victim.request_id)
+                if victim is request:
+                    break
+            else:
+                chunks.append(self._chunk(request, n))
+                budget -= n
+                index += 1
+        # Who was preempted in this very step would only be thrown out again.
+        if not preempted:
+            budget = self._admit(budget, chunks)
+        return StepPlan(tuple(chunks), tuple(preempted))
+
+    def advance(self, request: Request, chunk: Chunk, token: int | None) -> None:
+        """Book a computed chunk, and the token drawn from it."""
+        before = request.num_computed
+        request.num_computed += len(chunk.tokens)
+        if token is not None:
+            request.tokens.append(token)
+        # Index once when the prompt is done, so that equal prompts share while the first still answers.
+        if before < request.prompt_len <= request.num_computed:
+            self._index(request)
+
+    def finish(self, request: Request, reason: str) -> None:
+        """End a request in any state and give its pages and slot back."""
+        if request.state is State.FINISHED:
+            return
+        if request.state is State.RUNNING:
+            self._index(request)
+            self.running.remove(request)
+            self._give_up(request)
+        else:
+            self.waiting.remove(request)
+        request.state, request.finish_reason = State.FINISHED, reason
+
+    def check(self) -> None:
+        """Raise AssertionError when pages or slots have leaked or are owned twice."""
+        self.pool.check()
+        held: dict[int, int] = {}
+        for request in self.running:
+            assert len(request.pages) * self.block_size >= request.num_computed, f"{request.request_id} has computed tokens without pages"
+            for page in request.pages:
+                held[page] = held.get(page, 0) + 1
+        indexed = len(self.radix) if self.radix else 0
+        owned = sum(self.pool.holders(page) for page in range(self.pool.num_pages))
+        assert owned == sum(held.values()) + indexed, f"{owned} holds, but requests have {sum(held.values())} and the prefix cache {indexed}"
+
+    def _admit(self, budget: int, chunks: list[Chunk]) -> int:
+        while self.waiting and budget > 0 and self._slots:
+            request = self.waiting[0]
+            self._match_prefix(request)
+            n = min(len(request.tokens) - request.num_computed, budget)
+            if not self._reserve(request, n):
+                self.pool.release(request.pages)
+                request.pages, request.num_computed = [], 0
+                break
+            self.waiting.pop(0)
+            request.state, request.slot = State.RUNNING, self._slots.pop()
+            self.running.append(request)
+            chunks.append(self._chunk(request, n))
+            budget -= n
+        return budget
+
+    def _match_prefix(self, request: Request) -> None:
+        """Start from the cached pages; the last token is always computed, because its logits are needed."""
+        if self.radix is None or request.params.prompt_logprobs:
+            return
+        usable = (len(request.tokens) - 1) // self.block_size
+        pages = self.radix.match(_namespace(request), request.tokens)[:usable]
+        self.pool.hold(pages)
+        request.pages, request.num_computed = list(pages), len(pages) * self.block_size
+        if request.num_generated == 0:
+            request.num_cached_tokens = request.num_computed
+
+    def _reserve(self, request: Request, n: int) -> bool:
+        """Give the request the pages that `n` more tokens need, evicting cached prefixes if that is enough."""
+        need = -(-(request.num_computed + n) // self.block_size) - len(request.pages)
+        if need <= 0:
+            return True
+        short = need - self.pool.num_free
+        if short > 0 and self.radix is not None:
+            self.radix.evict(short)
+        pages = self.pool.take(need)
+        if pages is None:
+            return False
+        request.pages += pages
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self._index(request)
+        self.running.remove(request)
+        self._give_up(request)
+        request.state, request.num_computed = State.WAITING, 0
+        request.prompt_logprobs.clear()
+        self.num_preemptions += 1
+        self.add(request)
+
+    def _give_up(self, request: Request) -> None:
+        self.pool.release(request.pages)
+        request.pages = []
+        assert request.slot is not None
+        self._slots.append(request.slot)
+        request.slot = None
+
+    def _index(self, request: Request) -> None:
+        if self.radix is not None:
+            self.radix.insert(_namespace(request), request.tokens[: request.num_computed], request.pages)
+
+    def _chunk(self, request: Request, n: int) -> Chunk:
+        start = request.num_computed
+        history = None
+        if request.params.penalized:
+            history = (tuple(request.tokens[: request.prompt_len]), tuple(request.tokens[request.prompt_len :]))
+        following = tuple(request.tokens[start + 1 : start + n + 1]) if request.params.prompt_logprobs else ()
+        assert request.slot is not None
+        return Chunk(
+            request.request_id,
+            request.slot,
+            start,
+            tuple(request.tokens[start : start + n]),
+            tuple(request.pages),
+            start + n == len(request.tokens),
+            request.num_generated,
+            request.seed,
+            request.params,
+            request.adapter,
+            history,
+            following,
+        )
+
+
+def _namespace(request: Request) -> str:
+    return f"{request.adapter or ''}\0{request.namespace}"
