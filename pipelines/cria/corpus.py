@@ -1,7 +1,7 @@
 """The text that cria learns to speak from: short dialogues about a small world, made by rule from a seed.
 
 Most of it asks for something that stands earlier in the dialogue (who, what, how many, where, when), because copying from
-the context is what every later fine-tune builds on. It holds no task of the demo: no orders to JSON.
+the context is what every later fine-tune builds on. It holds notes as JSON only under keys that the question names; the demo's wording, its instruction and its schema are not in it.
 """
 
 import json
@@ -167,6 +167,25 @@ def _records(rng: random.Random) -> list[Turn]:
     return [(f"{told} Write JSON with {', '.join(keys)}.{extra}", json.dumps(chosen, separators=(",", ":")))]
 
 
+def _forms(rng: random.Random) -> list[Turn]:
+    """A note as a JSON object whose keys the question names: any word can be a key for any fact."""
+    note = _Note(rng)
+    facts: dict[str, object] = {"name": note.name, "thing": note.item, "number": note.count, "size": note.size, "place": note.place, "day": note.day}
+    if rng.random() < 0.3 and note.day:
+        facts["day"] = note.day.lower()
+        small = " Use small letters for the day."
+    else:
+        small = ""
+    chosen = rng.sample(list(facts), rng.randint(2, 6))
+    keys = rng.sample(words.KEYS, len(chosen)) if rng.random() < 0.8 else [words.invented(rng) for _ in chosen]
+    if len(set(keys)) < len(keys):
+        return _summary(rng)
+    named = ", ".join(f"{fact} as {key}" for fact, key in zip(chosen, keys, strict=True))
+    answer = json.dumps(dict(zip(keys, (facts[fact] for fact in chosen), strict=True)), separators=(",", ":"))
+    question = rng.choice((f"{note.told()} Write JSON: {named}.{small}", f"JSON please, {named}.{small} {note.told()}"))
+    return [(question, answer)]
+
+
 def _numbers(rng: random.Random) -> list[Turn]:
     kind = rng.randrange(5)
     a, b = rng.randint(0, 12), rng.randint(0, 12)
@@ -218,5 +237,5 @@ def _smalltalk(rng: random.Random) -> list[Turn]:
     return rng.choice(scenes)
 
 
-_SCENES: tuple[Callable[[random.Random], list[Turn]], ...] = (_questions, _summary, _two_notes, _copy, _records, _numbers, _facts, _smalltalk)
-_WEIGHTS = (30, 18, 8, 14, 10, 7, 6, 7)
+_SCENES: tuple[Callable[[random.Random], list[Turn]], ...] = (_questions, _summary, _two_notes, _copy, _records, _forms, _numbers, _facts, _smalltalk)
+_WEIGHTS = (26, 16, 8, 13, 6, 18, 5, 4, 6)

@@ -69,6 +69,13 @@ OPPOSITES = {
     "loud": "quiet",
 }
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+KEYS = (
+    "address amount area body box buyer case city client code colour cost count customer date day delivery detail entry event field file form goods "
+    "group guest hour house id item job key kind label level line list location mark member model month name note number object option order owner "
+    "pack page part person phone piece place plan point post price product quantity rank reason record road room row sender service shape share shop "
+    "side size sort source space speed stage start state step stock store street style subject sum table tag target task team term test text thing "
+    "time title token tool total town type unit use user value visit ware way week weight who width word work year zone"
+).split()
 _SYLLABLES = "ba be bi bo da de do fa fi ga go ha ka ke ki ko la le li lo ma me mi mo na ne no pa pe po ra re ri ro sa se so ta te ti to va vi wa ya yo za zu".split()
 
 

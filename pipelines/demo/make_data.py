@@ -2,8 +2,8 @@
 
     python pipelines/demo/make_data.py pipelines/demo
 
-The same files for the same seed, byte for byte. The base model has never seen this task: other keys, other wording, and its
-corpus holds no order in JSON.
+The same files for the same seed, byte for byte. The base model knows notes, and JSON under keys that a question names; this
+wording and this schema, which no question spells out, are new to it.
 """
 
 import json
