@@ -16,8 +16,8 @@ TRAIN_ROWS, EVAL_ROWS = 2000, 300
 SYSTEM = "Turn the order into JSON."
 NAMES = (
     "Adele Amara Anders Bianca Bruno Camila Cyrus Dalia Dmitri Edith Elif Farid Freya Gustav Hanna Haruki Imani Ingrid Jamal Joana Karim Keiko "
-    "Lars Leila Lorenzo Malik Marta Mateo Naomi Nikolai Nuria Oksana Pablo Petra Quinn Rafael Rania Rohan Saskia Selma Soren Tariq Thea Tomas "
-    "Ursula Valentina Viktor Wanda Xenia Yasmin Yuki Zahra Zlatan"
+    "Lars Leila Lorenzo Malik Marta Mateo Naomi Nikolai Nuria Oksana Pablo Petra Rafael Rania Rohan Saskia Selma Soren Thea Tomas "
+    "Valentina Viktor Wanda Yasmin Yuki Zahra Zlatan"
 ).split()
 ITEMS = (
     "pizza burger salad soup taco burrito sandwich bagel muffin cake pie cookie curry noodle bowl wrap pretzel pancake waffle smoothie coffee tea "
@@ -29,7 +29,7 @@ KINDS = (
 ).split()
 SIZES = ("small", "medium", "large")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-STREETS = "Acorn Beacon Canal Dover Eagle Forest Grove Harbour Island Juniper Kestrel Laurel Meadow Orchard Poplar Quarry Ridge Summit Tower Valley".split()
+STREETS = "Acorn Canal Dover Eagle Forest Grove Harbour Island Juniper Laurel Meadow Orchard Poplar Summit Tower Valley".split()
 WAYS = ("Street", "Road", "Lane", "Avenue")
 NUMBERS = "zero one two three four five six seven eight nine".split()
 KEYS = ("customer", "item", "quantity", "size", "address", "day")

@@ -1,0 +1,136 @@
+"""Measurements on their way to MLflow: on disk first, then sent in order, kept while the server is away.
+
+Each writer appends JSON lines to a file of its own and a thread sends them. What a dead process left is sent by the next one
+(`replay`). Sending twice changes nothing: MLflow keeps equal metrics, params and tags once.
+"""
+
+import json
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+
+SEND_INTERVAL_S = 0.5
+RETRY_INTERVAL_S = 2.0
+METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100
+logger = logging.getLogger(__name__)
+
+
+def client(tracking_uri: str) -> MlflowClient:
+    """A client that gives up in seconds: whoever calls has a spool or a message for the user."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+    return MlflowClient(tracking_uri)
+
+
+class Spool:
+    """Append-only for one process. `add` never blocks on the network and never raises for MLflow's sake."""
+
+    def __init__(self, tracking_uri: str, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._path = directory / f"{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
+        self._uri = tracking_uri
+        self._pending: list[dict[str, Any]] = []
+        self._changed = threading.Condition()
+        self._busy = False
+        self._thread: threading.Thread | None = None
+
+    def add(self, operation: Mapping[str, Any]) -> None:
+        """Queue {"run_id", and any of "metrics", "params", "tags", "artifact", "status"}."""
+        entry = {"uri": self._uri, **operation}
+        with self._changed:
+            with self._path.open("a") as stream:
+                stream.write(json.dumps(entry, default=str) + "\n")
+            self._pending.append(entry)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._send_forever, daemon=True, name="mlflow-spool")
+                self._thread.start()
+            self._changed.notify_all()
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until everything is sent; False when it is not after `timeout_s` seconds (it stays on disk)."""
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while self._pending or self._busy:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                self._changed.wait(left)
+        return True
+
+    def _send_forever(self) -> None:
+        while True:
+            with self._changed:
+                while not self._pending:
+                    self._changed.wait()
+                batch, self._busy = list(self._pending), True
+            sent = _send(client(self._uri), batch)
+            with self._changed:
+                del self._pending[: len(batch) if sent else 0]
+                self._busy = False
+                if not self._pending:
+                    self._path.unlink(missing_ok=True)
+                self._changed.notify_all()
+            time.sleep(SEND_INTERVAL_S if sent else RETRY_INTERVAL_S)
+
+
+def replay(directory: Path) -> int:
+    """Send what ended processes left in `directory`; returns how many files went out. Files that cannot be sent stay."""
+    done = 0
+    for path in sorted(directory.glob("*.jsonl"), key=lambda p: p.stat().st_mtime):
+        owner = int(path.name.split("-")[0])
+        if owner == os.getpid() or psutil.pid_exists(owner):
+            continue
+        entries = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        if not entries or _send(client(entries[0]["uri"]), entries):
+            path.unlink()
+            done += 1
+    return done
+
+
+def _send(to: MlflowClient, entries: list[dict[str, Any]]) -> bool:
+    """Send in order; False at the first entry that the server did not take for now."""
+    for run_id, group in _by_run(entries):
+        try:
+            _send_run(to, run_id, group)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                logger.warning("MLflow refuses entries of run %s (%s): they are dropped", run_id, error)
+                continue
+            return False
+        except OSError:
+            return False
+    return True
+
+
+def _send_run(to: MlflowClient, run_id: str, group: list[dict[str, Any]]) -> None:
+    metrics = [Metric(k, v, e["time"], e["step"]) for e in group for k, v in e.get("metrics", {}).items()]
+    params = [Param(k, str(v)) for e in group for k, v in e.get("params", {}).items()]
+    tags = [RunTag(k, str(v)) for e in group for k, v in e.get("tags", {}).items()]
+    for start in range(0, len(metrics), METRICS_PER_CALL):
+        to.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_CALL])
+    for start in range(0, len(params), PARAMS_PER_CALL):
+        to.log_batch(run_id, params=params[start : start + PARAMS_PER_CALL])
+    if tags:
+        to.log_batch(run_id, tags=tags)
+    for entry in group:
+        if "artifact" in entry and Path(entry["artifact"]).exists():
+            to.log_artifact(run_id, entry["artifact"], entry.get("artifact_path"))
+        if "status" in entry:
+            to.set_terminated(run_id, entry["status"])
+
+
+def _by_run(entries: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        groups.setdefault(entry["run_id"], []).append(entry)
+    return list(groups.items())
