@@ -50,27 +50,27 @@ def shard(step: Step, lengths: Sequence[int], *, rank: int, world_size: int, mic
 
 
 def collate(packs: Step, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-    """One row of tokens for a micro-batch: input_ids, labels, position_ids, each int64 [1, tokens].
+    """A micro-batch: input_ids, labels, position_ids, each int64 [packs, tokens of the longest pack].
 
-    Positions restart at every row: attention kernels and transformers' masks read the borders from them, so no row sees
-    another. The first label of each row is ignored, because its prediction would come from the row before. An empty
-    micro-batch becomes one token without a label.
+    Positions restart at every row of data: attention kernels and transformers' masks read the borders from them, so no row
+    sees another. The first label of each row is ignored, because its prediction would come from the row before. Padding is a
+    row without labels. An empty micro-batch becomes one token without a label.
     """
-    ids: list[int] = []
-    labels: list[int] = []
-    positions: list[int] = []
-    for index in (index for pack in packs for index in pack):
-        example = examples[index]
-        ids += example.input_ids
-        labels += [IGNORED, *example.labels[1:]]
-        positions += range(len(example.input_ids))
-    if not ids:
-        ids, labels, positions = [0], [IGNORED], [0]
-    return {
-        "input_ids": torch.tensor([ids], dtype=torch.int64),
-        "labels": torch.tensor([labels], dtype=torch.int64),
-        "position_ids": torch.tensor([positions], dtype=torch.int64),
-    }
+    width = max((sum(len(examples[index].input_ids) for index in pack) for pack in packs), default=1)
+    ids = torch.zeros((max(1, len(packs)), width), dtype=torch.int64)
+    labels = torch.full_like(ids, IGNORED)
+    positions = torch.zeros_like(ids)
+    for row, pack in enumerate(packs):
+        at = 0
+        for index in pack:
+            example = examples[index]
+            end = at + len(example.input_ids)
+            ids[row, at:end] = torch.tensor(example.input_ids)
+            labels[row, at + 1 : end] = torch.tensor(example.labels[1:])
+            positions[row, at:end] = torch.arange(end - at)
+            at = end
+        positions[row, at:] = torch.arange(width - at)
+    return {"input_ids": ids, "labels": labels, "position_ids": positions}
 
 
 def supervised(step: Any, examples: Sequence[Example]) -> int:

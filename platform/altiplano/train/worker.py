@@ -1,0 +1,108 @@
+"""What one Ray Train worker does: build the trainer, go on from the last good checkpoint, train, report."""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from transformers import TrainerCallback
+
+from altiplano import spec
+from altiplano.data import Prepared
+from altiplano.train.checkpoint import ReportCheckpoints, newest_valid
+from altiplano.train.sink import MetricSink
+from altiplano.train.trainer import NonFiniteLossError, TokenBudgetTrainer, build_trainer
+
+RATE_FILE = "learning_rate_scale.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker is told. Paths are on storage that every worker sees."""
+
+    pipeline: dict[str, Any]
+    prepared_dir: str
+    run_dir: str
+    sink: MetricSink
+
+
+class Curve(TrainerCallback):
+    """Held-out loss every eval_steps, and the learning rate's reduction after a NaN restart."""
+
+    def __init__(self, prepared: Prepared, eval_steps: int, sink: MetricSink, scale: float) -> None:
+        self._prepared, self._every, self._sink, self._scale = prepared, eval_steps, sink, scale
+        self.trainer: TokenBudgetTrainer | None = None
+        self.eval_loss = float("nan")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
+        if lr_scheduler is not None and self._scale != 1.0:
+            lr_scheduler.base_lrs = [args.learning_rate * self._scale for _ in lr_scheduler.base_lrs]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self._every == 0 or state.global_step == state.max_steps:
+            self.evaluate(state)
+
+    def evaluate(self, state: Any) -> None:
+        """All ranks take part; rank 0 reports."""
+        assert self.trainer is not None
+        self.eval_loss = self.trainer.held_out_loss(self._prepared.eval)
+        if state.is_world_process_zero:
+            self._sink.log_metrics({"eval/loss": self.eval_loss}, state.global_step)
+
+
+def train_loop(job: Job) -> None:
+    """Entry point of `TorchTrainer`.
+
+    Raises:
+        NonFiniteLossError: after noting that the next attempt goes on with half the learning rate.
+    """
+    pipeline = spec.Pipeline.model_validate(job.pipeline)
+    context = ray.train.get_context()
+    if not pipeline.scaling.use_gpu:
+        torch.set_num_threads(max(1, int(pipeline.scaling.cpus_per_worker)))
+    run_dir, prepared = Path(job.run_dir), Prepared.load(Path(job.prepared_dir))
+    curve = Curve(prepared, pipeline.training.eval_steps, job.sink, _rate_scale(run_dir))
+    report = ReportCheckpoints(lambda state: _metrics(state, curve, context.get_world_size()))
+    with tempfile.TemporaryDirectory(prefix="altiplano-train-") as scratch:
+        # All ranks of a node share the folder that rank 0 writes checkpoints to.
+        shared = run_dir / "working" if context.get_world_size() > 1 else Path(scratch)
+        trainer = build_trainer(
+            pipeline, prepared.train, shared, job.sink, save_steps=pipeline.training.save_steps, callbacks=[curve, report]
+        )
+        curve.trainer = trainer
+        resume = newest_valid(run_dir)
+        try:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        except NonFiniteLossError:
+            if context.get_world_rank() == 0:
+                (run_dir / RATE_FILE).write_text(json.dumps({"scale": _rate_scale(run_dir) / 2}))
+            raise
+        if resume is not None and trainer.state.global_step == trainer.state.max_steps and curve.eval_loss != curve.eval_loss:
+            # The run had ended before it was asked to go on: report its result again.
+            curve.evaluate(trainer.state)
+            ray.train.report(_metrics(trainer.state, curve, context.get_world_size()))
+
+
+def _metrics(state: Any, curve: Curve, world_size: int) -> dict[str, Any]:
+    """What the driver learns: the whole loss curve, so that nothing depends on which attempt finished."""
+    assert curve.trainer is not None
+    points = [[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry]
+    return {
+        "step": state.global_step,
+        "max_steps": state.max_steps,
+        "tokens_seen": curve.trainer.tokens_seen,
+        "last_loss": curve.trainer.last_loss,
+        "eval_loss": curve.eval_loss,
+        "loss_curve": points,
+        "world_size": world_size,
+    }
+
+
+def _rate_scale(run_dir: Path) -> float:
+    try:
+        return float(json.loads((run_dir / RATE_FILE).read_text())["scale"])
+    except FileNotFoundError:
+        return 1.0

@@ -1,0 +1,155 @@
+"""The sweep as Ray Tune runs it: many trials, some stopped early, the best one's settings as the result."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray.tune
+from ray.tune import Callback, ResultGrid, RunConfig, TuneConfig, Tuner
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search import ConcurrencyLimiter
+
+from altiplano import spec
+from altiplano.train.sink import MetricSink
+from altiplano.tune.search import make_search
+from altiplano.tune.trial import TrialJob, run_trial
+
+
+class SweepError(RuntimeError):
+    """No trial finished."""
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """One trial. `status`: waiting, running, finished, pruned or failed; `params` by dotted key."""
+
+    id: str
+    params: dict[str, Any]
+    metric: float | None
+    tokens: int
+    status: str
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The best trial's settings (of those that ran to their end) and all trials."""
+
+    best: dict[str, Any]
+    best_metric: float
+    trials: list[TrialRow]
+
+
+def sweep(
+    pipeline: spec.Pipeline,
+    prepared_dir: Path,
+    out: Path,
+    *,
+    trial_sink: Callable[[str, dict[str, Any]], MetricSink],
+    on_update: Callable[[list[TrialRow]], None],
+    name: str,
+) -> SweepResult:
+    """Run the sweep of `pipeline.tune`; ray.init has happened. The same `out` and `name` go on where a killed call was.
+
+    Raises:
+        SweepError: every trial failed; the message is that of the first.
+    """
+    tune = pipeline.tune
+    assert tune is not None
+    out.mkdir(parents=True, exist_ok=True)
+    job = TrialJob(pipeline.model_dump(mode="json"), str(prepared_dir), trial_sink)
+    resources = {"gpu": 1} if pipeline.scaling.use_gpu else {"cpu": pipeline.scaling.cpus_per_trial}
+    trainable = ray.tune.with_resources(_named(partial(run_trial, job=job)), resources)
+    watch = _Watch(tune, on_update)
+    path = str((out / name).resolve())
+    if Tuner.can_restore(path):
+        tuner = Tuner.restore(path, trainable, resume_unfinished=True, resume_errored=True)
+        tuner._local_tuner._run_config.callbacks = [watch]  # callbacks are not kept by a stored experiment
+    else:
+        tuner = Tuner(
+            trainable,
+            tune_config=TuneConfig(
+                search_alg=ConcurrencyLimiter(make_search(tune), max_concurrent=tune.max_concurrent_trials),
+                scheduler=_scheduler(tune),
+                num_samples=tune.num_samples,
+                time_budget_s=tune.time_budget_s,
+                reuse_actors=True,  # importing the training stack takes longer than a short trial
+                trial_name_creator=_trial_name,
+                trial_dirname_creator=_trial_name,
+            ),
+            run_config=RunConfig(name=name, storage_path=str(out.resolve()), callbacks=[watch], verbose=0),
+        )
+    return _result(tuner.fit(), tune)
+
+
+def _scheduler(tune: spec.Tune) -> ASHAScheduler:
+    asha = tune.scheduler
+    return ASHAScheduler(
+        time_attr=asha.time_attr,
+        metric=tune.metric,
+        mode=tune.mode,
+        max_t=asha.max_t,
+        grace_period=asha.grace_period,
+        reduction_factor=asha.reduction_factor,
+    )
+
+
+class _Watch(Callback):
+    """Tells `on_update` whenever a trial changes."""
+
+    def __init__(self, tune: spec.Tune, on_update: Callable[[list[TrialRow]], None]) -> None:
+        self._tune, self._on_update = tune, on_update
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._tell(trials)
+
+    def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any) -> None:
+        self._tell(trials)
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._tell(trials)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._tell(trials)
+
+    def _tell(self, trials: list[Trial]) -> None:
+        self._on_update([_row(_trial_name(t), t.config, t.last_result or {}, t.status, self._tune) for t in trials])
+
+
+def _row(name: str, params: dict[str, Any], last: dict[str, Any], status: str, tune: spec.Tune) -> TrialRow:
+    tokens = int(last.get("tokens_seen", 0))
+    words = {"PENDING": "waiting", "RUNNING": "running", "PAUSED": "waiting", "ERROR": "failed"}
+    ended = "finished" if tokens >= tune.scheduler.max_t else "pruned"
+    metric = last.get(tune.metric)
+    return TrialRow(name, dict(params), metric if metric is not None and math.isfinite(metric) else None, tokens, words.get(status, ended))
+
+
+def _result(grid: ResultGrid, tune: spec.Tune) -> SweepResult:
+    rows = []
+    for index in range(len(grid)):
+        one = grid[index]
+        rows.append(_row(Path(one.path).name, one.config or {}, one.metrics or {}, "ERROR" if one.error else "TERMINATED", tune))
+    ended = [row for row in rows if row.status == "finished" and row.metric is not None] or [row for row in rows if row.metric is not None]
+    if not ended:
+        first = next((error for error in grid.errors), None)
+        raise SweepError(f"no trial of the sweep finished; the first error: {first}")
+    best = min(ended, key=lambda row: row.metric if tune.mode == "min" else -row.metric)  # type: ignore[operator, arg-type, return-value]
+    assert best.metric is not None
+    return SweepResult(best.params, best.metric, rows)
+
+
+def _trial_name(trial: Trial) -> str:
+    """`trial-00003`: the number that Ray gives, without its random part."""
+    return f"trial-{trial.trial_id.rsplit('_', 1)[-1]}"
+
+
+def _named(function: Any) -> Callable[[dict[str, Any]], None]:
+    """Ray Tune names experiments after the function."""
+
+    def trial(config: dict[str, Any]) -> None:
+        function(config)
+
+    return trial
