@@ -82,4 +82,4 @@ def test_two_equal_models_are_told_apart_no_more_often_than_alpha() -> None:
     assert decisions.count("promote") / runs <= GATE.alpha
     assert (
         decisions.count("promote") + decisions.count("reject")
-    ) / runs <= GATE.alpha + 0.025  # two standard errors of 300 runs
+    ) / runs <= GATE.alpha + 0.025

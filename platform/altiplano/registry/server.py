@@ -10,6 +10,8 @@ from pathlib import Path
 import httpx
 
 START_TIMEOUT_S = 120.0
+# Servers outlive us on purpose; without this reference Python warns that they are still running.
+_detached: list[subprocess.Popen[bytes]] = []
 
 
 class MlflowServerError(RuntimeError):
@@ -47,6 +49,7 @@ def start_server(directory: Path, port: int, backend_store_uri: str | None = Non
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if is_healthy(uri):
+            _detached.append(server)
             return ServerInfo(uri, server.pid, str(log))
         if server.poll() is not None:
             break
