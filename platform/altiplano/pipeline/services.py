@@ -9,7 +9,7 @@ from pathlib import Path
 from altiplano import spec
 from altiplano.cluster import local_ray, processes
 from altiplano.pipeline.workspace import write_json
-from altiplano.registry.server import ServerInfo, is_healthy, start_server
+from altiplano.registry.server import MlflowServerError, ServerInfo, is_healthy, start_server
 
 # Set by Ray inside a submitted job: the cluster is there already, and it is not ours to stop.
 RAY_ADDRESS = "RAY_ADDRESS"
@@ -72,7 +72,7 @@ def _mlflow(configured: str | None, root: Path, say: Callable[[str], None]) -> s
     say("starting MLflow")
     try:
         info = start_server(root / "mlflow", processes.free_port())
-    except RuntimeError as error:
+    except MlflowServerError as error:
         raise ServiceError(str(error)) from error
     write_json(_mlflow_state(root), asdict(info))
     return info.uri

@@ -71,6 +71,12 @@ def _settings(pipeline: spec.Pipeline, served: str, adapter: str, template_diges
         template_digest=template_digest,
         dtype=pipeline.model.dtype,
         device="cuda" if pipeline.scaling.use_gpu else "cpu",
+        max_model_len=pipeline.serve.max_model_len,
+        max_num_seqs=pipeline.serve.max_num_seqs,
+        max_num_batched_tokens=pipeline.serve.max_num_batched_tokens,
+        block_size=pipeline.serve.block_size,
+        kv_cache_tokens=pipeline.serve.kv_cache_tokens,
+        enable_prefix_caching=pipeline.serve.enable_prefix_caching,
     )
 
 

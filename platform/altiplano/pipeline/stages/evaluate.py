@@ -39,6 +39,8 @@ def _run(context: Context) -> Outputs:
         Prepared.load(context.workspace.stage_dir("data")).eval_rows,
         pipeline.evaluate,
         max_model_len=pipeline.serve.max_model_len,
+        dtype=pipeline.model.dtype,
+        device="cuda" if pipeline.scaling.use_gpu else "cpu",
     )
     for subject, score in scores.items():
         context.tracked.log_metrics({f"{subject}/{name}": value for name, value in score.summary.items()}, step=0)

@@ -1,0 +1,117 @@
+"""The endpoint on Ray Serve: one replica is the HTTP front end and its engine process; tokens take one hop."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.schema import ApplicationStatus
+from tokenizers import Tokenizer
+
+from altiplano import spec
+from altiplano.data.templates import ChatTemplate
+from altiplano.models.manifest import verify_manifest
+from altiplano.serve.app import create_app
+from altiplano.serve.engine_client import EngineClient, EngineDiedError
+from altiplano.serve.errors import ApiError
+from altiplano.serve.generation import Generator
+from altiplano.serve.settings import ServeSettings
+
+APPLICATION = "altiplano"
+HEALTH_TIMEOUT_S = 30.0
+
+
+class DeployError(RuntimeError):
+    """The endpoint cannot be deployed as asked."""
+
+
+async def make_generator(settings: ServeSettings) -> Generator:
+    """An engine process with its adapters loaded, and everything around it.
+
+    Raises:
+        DeployError: the adapters were trained with another prompt format than this endpoint writes.
+        RuntimeError: the engine did not start.
+    """
+    template = ChatTemplate(settings.date_string)
+    if settings.template_digest is not None and settings.template_digest != template.digest:
+        raise DeployError(
+            "the adapters were trained with another chat template or date than this endpoint writes (the digests differ): "
+            "set data.date_string as in training, or train again"
+        )
+    client = EngineClient(settings)
+    await client.start()
+    for name, path in settings.adapters.items():
+        await client.load_adapter(name, path)
+    tokenizer = Tokenizer.from_file(str(Path(settings.model_path) / "tokenizer.json"))
+    return Generator(settings, client, tokenizer, template, dict(settings.aliases))
+
+
+def build_ingress(settings: dict[str, Any]) -> Any:
+    """The deployment class around the application of one process."""
+    holder: dict[str, Generator] = {}
+
+    def current() -> Generator:
+        if "generator" not in holder:
+            raise ApiError(503, "the engine is starting: try again in a moment", retry_after=2)
+        return holder["generator"]
+
+    app: FastAPI = create_app(current)
+
+    @serve.deployment(name="endpoint", ray_actor_options={"num_cpus": 1 if settings["device"] == "cpu" else 2})
+    @serve.ingress(app)
+    class Endpoint:
+        async def __init__(self) -> None:
+            holder["generator"] = await make_generator(ServeSettings(**settings))
+
+        async def reconfigure(self, user_config: dict[str, Any]) -> None:
+            """Adapters and aliases change here, without a restart and without touching running requests."""
+            generator = current()
+            for name, path in user_config["adapters"].items():
+                if name not in generator.client.adapters:
+                    await generator.client.load_adapter(name, path)
+            generator.aliases = dict(user_config["aliases"])
+            for name in set(generator.client.adapters) - set(user_config["adapters"]):
+                await generator.client.unload_adapter(name)
+
+        async def check_health(self) -> None:
+            # An engine that is starting again is not a reason to replace the replica; one that hangs is.
+            try:
+                await current().client.stats(HEALTH_TIMEOUT_S)
+            except EngineDiedError:
+                return
+
+    return Endpoint
+
+
+def deploy(settings: ServeSettings, endpoint: spec.Serve) -> None:
+    """Deploy, or change what is deployed; ray.init has happened. Returns when the endpoint answers.
+
+    Raises:
+        ManifestError: an adapter is damaged.
+        DeployError: the application did not come up; the message is its own.
+    """
+    for path in settings.adapters.values():
+        verify_manifest(Path(path))
+    values = asdict(settings)
+    serve.start(http_options={"host": endpoint.host, "port": endpoint.port}, proxy_location="HeadOnly")
+    deployment = build_ingress(values).options(
+        max_ongoing_requests=endpoint.max_num_seqs * 4,
+        max_queued_requests=endpoint.max_num_seqs * 16,
+        user_config={"adapters": settings.adapters, "aliases": settings.aliases},
+        graceful_shutdown_timeout_s=60,
+        health_check_timeout_s=HEALTH_TIMEOUT_S + 10,
+    )
+    try:
+        serve.run(deployment.bind(), name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:
+        status = serve.status().applications.get(APPLICATION)
+        raise DeployError(f"the endpoint did not come up: {status.message if status else error}") from error
+    status = serve.status().applications[APPLICATION]
+    if status.status != ApplicationStatus.RUNNING:
+        raise DeployError(f"the endpoint is {status.status}: {status.message}")
+
+
+def undeploy() -> None:
+    """Take the endpoint down."""
+    serve.delete(APPLICATION)

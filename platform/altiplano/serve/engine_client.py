@@ -1,0 +1,246 @@
+"""The front end's side of the engine process: start it, talk to it, start it again when it dies."""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from altiplano.serve import messages as m
+from altiplano.serve.settings import ServeSettings
+
+START_TIMEOUT_S = 600.0
+CALL_TIMEOUT_S = 60.0
+
+
+class EngineDiedError(RuntimeError):
+    """The engine's process ended while a request was in flight; a new one is being started."""
+
+
+class RefusedError(ValueError):
+    """The engine does not take this request or adapter."""
+
+
+class EngineClient:
+    """One engine process. All methods belong to one event loop."""
+
+    def __init__(self, settings: ServeSettings) -> None:
+        self._settings = settings
+        self._adapters: dict[str, str] = {}
+        self._streams: dict[str, asyncio.Queue[m.Token | Exception]] = {}
+        self._calls: dict[int, asyncio.Future[m.Done]] = {}
+        self._numbers = itertools.count()
+        self._ready = asyncio.Event()
+        self._process: asyncio.subprocess.Process | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._failure: str | None = None
+        self.eos_token_ids: tuple[int, ...] = ()
+        self.restarts = 0
+
+    async def start(self) -> None:
+        """Start the process and wait until its model is loaded.
+
+        Raises:
+            RuntimeError: it ended before it was ready; the message is its own.
+        """
+        self._keeper = asyncio.create_task(self._keep_running())
+        waiting = asyncio.create_task(self._ready.wait())
+        await asyncio.wait({waiting, self._keeper}, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        if not self._ready.is_set():
+            waiting.cancel()
+            await self.stop()
+            raise RuntimeError(f"the engine did not start: {self._failure or 'no answer'}")
+
+    async def stop(self) -> None:
+        """End the process and every request."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._keeper
+            self._keeper = None
+
+    @property
+    def ready(self) -> bool:
+        return self._ready.is_set()
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    async def generate(
+        self, request_id: str, prompt: list[int], sampling: m.Sampling, *, adapter: str | None = None, namespace: str = ""
+    ) -> AsyncIterator[m.Token]:
+        """Tokens of one request as they are drawn. Leaving the iterator early aborts the request.
+
+        Raises:
+            RefusedError: the engine does not take it.
+            EngineDiedError: the process ended on the way.
+        """
+        if not self.ready:
+            raise EngineDiedError("the engine is starting: try again in a moment")
+        stream: asyncio.Queue[m.Token | Exception] = asyncio.Queue()
+        self._streams[request_id] = stream
+        self._send(m.Add(request_id, prompt, sampling, adapter, 0, namespace))
+        finished = False
+        try:
+            while not finished:
+                news = await stream.get()
+                if isinstance(news, Exception):
+                    finished = True
+                    raise news
+                finished = news.finish_reason is not None
+                yield news
+        finally:
+            self._streams.pop(request_id, None)
+            if not finished:
+                self._send(m.Abort(request_id))
+
+    async def load_adapter(self, name: str, path: str) -> None:
+        """Load an adapter now and after every restart.
+
+        Raises:
+            RefusedError: it does not fit.
+        """
+        await self._call(lambda call: m.LoadAdapter(call, name, path))
+        self._adapters[name] = path
+
+    async def unload_adapter(self, name: str) -> None:
+        await self._call(lambda call: m.UnloadAdapter(call, name))
+        self._adapters.pop(name, None)
+
+    @property
+    def adapters(self) -> list[str]:
+        return sorted(self._adapters)
+
+    async def stats(self, timeout_s: float = CALL_TIMEOUT_S) -> dict[str, float]:
+        """The engine's counters. Raises TimeoutError when it does not answer: it hangs, or a step takes that long."""
+        done = await self._call(lambda call: m.AskStats(call), timeout_s)
+        return done.stats or {}
+
+    async def _keep_running(self) -> None:
+        """Start the process, serve it, and start it again when it ends; gives up when it cannot even load."""
+        while True:
+            folder = tempfile.mkdtemp(prefix="altiplano-engine-")  # mode 0700: nobody else can connect
+            try:
+                await self._serve_one_life(Path(folder) / "socket")
+            finally:
+                was_ready = self._ready.is_set()
+                self._ready.clear()
+                self._end_requests()
+                await self._kill()
+                shutil.rmtree(folder, ignore_errors=True)
+            if not was_ready:
+                return
+            self.restarts += 1
+
+    async def _serve_one_life(self, path: Path) -> None:
+        connected: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
+        server = await asyncio.start_unix_server(lambda r, w: connected.put_nowait((r, w)), str(path))
+        async with server:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "altiplano.serve.engine_process", str(path), stdin=asyncio.subprocess.PIPE
+            )
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps(self._engine_settings()).encode())
+            self._process.stdin.close()
+            ended = asyncio.create_task(self._process.wait())
+            link = asyncio.create_task(connected.get())
+            await asyncio.wait({ended, link}, return_when=asyncio.FIRST_COMPLETED)
+            if not link.done():
+                link.cancel()
+                self._failure = self._failure or f"its process ended with exit code {ended.result()}"
+                return
+            reader, self._writer = link.result()
+            reading = asyncio.create_task(self._read(reader))
+            await asyncio.wait({ended, reading}, return_when=asyncio.FIRST_COMPLETED)
+            ended.cancel()
+            reading.cancel()
+            self._writer.close()
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        try:
+            while True:
+                await self._take(m.decode_report(await m.read_frame(reader)))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return
+
+    async def _take(self, report: m.Report) -> None:
+        if isinstance(report, m.Step):
+            for token in report.tokens:
+                stream = self._streams.get(token.request_id)
+                if stream is not None:
+                    stream.put_nowait(token)
+        elif isinstance(report, m.Refused):
+            stream = self._streams.get(report.request_id)
+            if stream is not None:
+                stream.put_nowait(RefusedError(report.error))
+        elif isinstance(report, m.Done):
+            future = self._calls.pop(report.call, None)
+            if future is not None and not future.done():
+                future.set_result(report)
+        elif isinstance(report, m.Ready):
+            self.eos_token_ids = report.eos_token_ids
+            for name, path in self._adapters.items():
+                self._send(m.LoadAdapter(next(self._numbers), name, path))
+            self._ready.set()
+        else:
+            self._failure = report.error
+
+    async def _call(self, make: Any, timeout_s: float = CALL_TIMEOUT_S) -> m.Done:
+        if not self.ready:
+            raise EngineDiedError("the engine is starting: try again in a moment")
+        number = next(self._numbers)
+        future: asyncio.Future[m.Done] = asyncio.get_running_loop().create_future()
+        self._calls[number] = future
+        self._send(make(number))
+        try:
+            done = await asyncio.wait_for(future, timeout_s)
+        finally:
+            self._calls.pop(number, None)
+        if done.error is not None:
+            raise RefusedError(done.error)
+        return done
+
+    def _send(self, message: m.Command) -> None:
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(m.frame(message))
+
+    def _end_requests(self) -> None:
+        died = EngineDiedError("the engine's process ended; it is starting again, repeat the request")
+        for stream in self._streams.values():
+            stream.put_nowait(died)
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(died)
+        self._streams.clear()
+        self._calls.clear()
+
+    async def _kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
+
+    def _engine_settings(self) -> dict[str, Any]:
+        s = self._settings
+        return {
+            "model": s.model_path,
+            "dtype": s.dtype,
+            "device": s.device,
+            "max_model_len": s.max_model_len,
+            "max_num_seqs": s.max_num_seqs,
+            "max_num_batched_tokens": s.max_num_batched_tokens,
+            "block_size": s.block_size,
+            "num_blocks": max(1, s.kv_cache_tokens // s.block_size),
+            "enable_prefix_caching": s.enable_prefix_caching,
+            "max_lora_rank": 512,
+            # A laptop's engine shares its cores with the front end and with training.
+            "threads": 1 if s.device == "cpu" and (os.cpu_count() or 1) <= 4 else 0,
+        }

@@ -1,0 +1,124 @@
+"""The engine's process: `python -m altiplano.serve.engine_process SOCKET`, its settings as JSON on standard input.
+
+One thread reads commands, the main thread steps. It ends when the front end is gone, so it never outlives it.
+"""
+
+import json
+import os
+import queue
+import socket
+import struct
+import sys
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from altiplano.engine import Engine, EngineConfig, SamplingParams, TokenOutput
+from altiplano.serve import messages as m
+
+_LENGTH = struct.Struct("<I")
+
+
+class Loop:
+    """Commands in, steps out."""
+
+    def __init__(self, connection: socket.socket, engine: Engine) -> None:
+        self._connection, self._engine = connection, engine
+        self._inbox: queue.Queue[m.Command | None] = queue.Queue()
+
+    def run(self) -> None:
+        """Until the front end hangs up."""
+        self._send(m.Ready(self._engine.runner.vocab_size, self._engine.runner.eos_token_ids))
+        threading.Thread(target=self._read, daemon=True, name="commands").start()
+        while self._take_commands():
+            news = self._engine.step()
+            if news:
+                self._send(m.Step([_token(output) for output in news]))
+
+    def _take_commands(self) -> bool:
+        """Handle what has come; wait for something when there is nothing to compute. False when the front end is gone."""
+        idle = not self._engine.has_unfinished()
+        while True:
+            try:
+                command = self._inbox.get(block=idle)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            self._handle(command)
+            idle = False
+
+    def _handle(self, command: m.Command) -> None:
+        engine = self._engine
+        if isinstance(command, m.Add):
+            try:
+                params = SamplingParams(**msgspec.structs.asdict(command.sampling))
+                engine.add_request(
+                    command.request_id, command.prompt, params, adapter=command.adapter, priority=command.priority, namespace=command.namespace
+                )
+            except ValueError as error:
+                self._send(m.Refused(command.request_id, str(error)))
+        elif isinstance(command, m.Abort):
+            engine.abort(command.request_id)
+        elif isinstance(command, m.AskStats):
+            self._send(m.Done(command.call, stats={name: float(value) for name, value in asdict(engine.stats()).items()}))
+        else:
+            try:
+                if isinstance(command, m.LoadAdapter):
+                    engine.load_adapter(command.name, Path(command.path))
+                else:
+                    engine.unload_adapter(command.name)
+                self._send(m.Done(command.call))
+            except ValueError as error:
+                self._send(m.Done(command.call, error=str(error)))
+
+    def _read(self) -> None:
+        try:
+            while True:
+                (length,) = _LENGTH.unpack(_exactly(self._connection, _LENGTH.size))
+                self._inbox.put(m.decode_command(_exactly(self._connection, length)))
+        except (OSError, EOFError):
+            self._inbox.put(None)
+
+    def _send(self, message: m.Report) -> None:
+        self._connection.sendall(m.frame(message))
+
+
+def main() -> None:
+    settings: dict[str, Any] = json.load(sys.stdin)
+    threads = settings.pop("threads")
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(sys.argv[1])
+        try:
+            engine = Engine(EngineConfig(**{**settings, "model": Path(settings["model"])}))
+            Loop(connection, engine).run()
+        except (BrokenPipeError, ConnectionResetError):
+            os._exit(0)
+        except Exception as error:
+            connection.sendall(m.frame(m.Failed(f"{type(error).__name__}: {error}")))
+            raise
+
+
+def _token(output: TokenOutput) -> m.Token:
+    return m.Token(output.request_id, output.token_id, output.finish_reason, output.logprob, output.top_logprobs, output.num_cached_tokens)
+
+
+def _exactly(connection: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        piece = connection.recv(size - len(data))
+        if not piece:
+            raise EOFError
+        data += piece
+    return data
+
+
+if __name__ == "__main__":
+    main()

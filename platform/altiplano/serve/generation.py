@@ -1,0 +1,182 @@
+"""From a checked request to streams of text: prompts, sampling, stop strings, usage."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from tokenizers import Tokenizer
+
+from altiplano.data.templates import ChatTemplate
+from altiplano.serve import messages as m
+from altiplano.serve.detokenize import TextStream
+from altiplano.serve.engine_client import EngineClient
+from altiplano.serve.errors import ApiError
+from altiplano.serve.protocol import ChatRequest, CompletionRequest
+from altiplano.serve.settings import ServeSettings
+
+
+@dataclass
+class Piece:
+    """New text of one answer, with the tokens behind it; `finish_reason` with the last."""
+
+    index: int
+    text: str
+    tokens: list[m.Token]
+    finish_reason: str | None = None
+
+
+@dataclass
+class Usage:
+    """Tokens of one HTTP request."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    def body(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+@dataclass
+class Generator:
+    """Everything that answers need; `aliases` may be replaced while requests run."""
+
+    settings: ServeSettings
+    client: EngineClient
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    def model_names(self) -> list[str]:
+        return [self.settings.served_model_name, *self.client.adapters, *sorted(self.aliases)]
+
+    def adapter_of(self, model: str) -> str | None:
+        """The adapter behind a model name; None for the base.
+
+        Raises:
+            ApiError: 404, no such model.
+        """
+        name = self.aliases.get(model, model)
+        if name == self.settings.served_model_name:
+            return None
+        if name not in self.client.adapters:
+            raise ApiError(404, f"there is no model {model!r}: use one of {', '.join(self.model_names())}", param="model", code="model_not_found")
+        return name
+
+    def chat_prompt(self, request: ChatRequest) -> list[int]:
+        """Token ids of a chat, ready for the assistant to speak."""
+        try:
+            messages = [{"role": message.role, "content": message.text()} for message in request.messages]
+            text = self.template.render(messages, add_generation_prompt=True)
+        except Exception as error:
+            raise ApiError(400, f"the messages do not fit the chat format: {error}", param="messages") from error
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def completion_prompts(self, request: CompletionRequest) -> list[list[int]]:
+        """Token ids of every prompt of a completion request."""
+        begin = self.tokenizer.token_to_id(self.template.bos_token)
+        prompts = request.prompts()
+        if not prompts or any(not prompt for prompt in prompts):
+            raise ApiError(400, "the prompt is empty: give at least one character or token", param="prompt")
+        return [p if isinstance(p, list) else [begin, *self.tokenizer.encode(p, add_special_tokens=False).ids] for p in prompts]
+
+    def sampling(self, request: ChatRequest | CompletionRequest, prompt_tokens: int) -> m.Sampling:
+        """The engine's parameters; without max_tokens, a chat may fill the context."""
+        room = self.settings.max_model_len - prompt_tokens
+        wanted = request.max_tokens
+        logprobs: int | None
+        if isinstance(request, ChatRequest):
+            wanted = request.max_completion_tokens or request.max_tokens or max(1, room)
+            logprobs = (request.top_logprobs or 0) if request.logprobs else None
+        else:
+            logprobs = request.logprobs
+        assert wanted is not None
+        if wanted > room:
+            raise ApiError(
+                400,
+                f"the context holds {self.settings.max_model_len} tokens, and the request asks for {prompt_tokens + wanted} "
+                f"({prompt_tokens} in the prompt, {wanted} to generate): shorten one of them",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        return m.Sampling(
+            max_tokens=wanted,
+            min_tokens=min(request.min_tokens, wanted),
+            temperature=request.temperature,
+            top_k=request.top_k,
+            top_p=request.top_p,
+            min_p=request.min_p,
+            seed=request.seed,
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            repetition_penalty=request.repetition_penalty,
+            logit_bias=request.logit_bias,
+            stop_token_ids=tuple(request.stop_token_ids),
+            ignore_eos=request.ignore_eos,
+            logprobs=logprobs,
+        )
+
+    async def stream(self, request: ChatRequest | CompletionRequest, prompts: list[list[int]], usage: Usage) -> AsyncIterator[Piece]:
+        """Pieces of all answers, as they come. Answer i belongs to prompt i // n."""
+        adapter = self.adapter_of(request.model)
+        usage.prompt_tokens = sum(len(prompt) for prompt in prompts)
+        plans = [(prompt, self.sampling(request, len(prompt)), copy) for prompt in prompts for copy in range(request.n)]
+        pieces: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
+        tasks = [
+            asyncio.create_task(self._one(index, prompt, _copy(sampling, copy), adapter, request.stops, usage, pieces))
+            for index, (prompt, sampling, copy) in enumerate(plans)
+        ]
+        running = len(tasks)
+        try:
+            while running:
+                piece = await pieces.get()
+                if isinstance(piece, BaseException):
+                    raise piece
+                running -= piece.finish_reason is not None
+                yield piece
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _one(
+        self,
+        index: int,
+        prompt: list[int],
+        sampling: m.Sampling,
+        adapter: str | None,
+        stops: list[str],
+        usage: Usage,
+        out: "asyncio.Queue[Piece | BaseException]",
+    ) -> None:
+        text = TextStream(self.tokenizer, stops)
+        tokens = self.client.generate(f"req-{uuid.uuid4().hex}", prompt, sampling, adapter=adapter)
+        try:
+            async for token in tokens:
+                usage.cached_tokens += token.num_cached_tokens if token.finish_reason is not None else 0
+                usage.completion_tokens += token.token_id is not None
+                ends = token.finish_reason == "stop"
+                fresh = text.push(token.token_id) if token.token_id is not None and not ends else ""
+                reason = "stop" if text.stopped else token.finish_reason
+                fresh += text.finish() if reason is not None else ""
+                out.put_nowait(Piece(index, fresh, [] if ends else [token], reason))
+                if reason is not None:
+                    return
+        except Exception as error:
+            out.put_nowait(error)
+        finally:
+            await tokens.aclose()  # type: ignore[attr-defined]
+
+
+def _copy(sampling: m.Sampling, copy: int) -> m.Sampling:
+    """The n-th answer to one prompt draws from its own seed."""
+    return sampling if copy == 0 or sampling.seed is None else msgspec.structs.replace(sampling, seed=sampling.seed + copy)
