@@ -1,0 +1,1 @@
+"""Attention of prompt chunks over pages: causal, with whatever was cached before the chunk."""
