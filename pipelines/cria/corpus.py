@@ -129,7 +129,10 @@ def _copy(rng: random.Random) -> list[Turn]:
     """Say it again, spell it, the first, the last."""
     kind = rng.randrange(5)
     if kind == 0:
-        text = " ".join(rng.choice((words.invented(rng), words.thing(rng), words.name(rng), str(rng.randint(0, 999)))) for _ in range(rng.randint(1, 4)))
+        text = " ".join(
+            rng.choice((words.invented(rng), words.thing(rng), words.name(rng), str(rng.randint(0, 999))))
+            for _ in range(rng.randint(1, 4))
+        )
         return [(rng.choice(("Repeat: ", "Say this: ", "Copy: ", "Echo ")) + text, text)]
     if kind == 1:
         word = rng.choice((words.name(rng), words.invented(rng), rng.choice(words.ITEMS)))
@@ -149,11 +152,22 @@ def _records(rng: random.Random) -> list[Turn]:
     """Small JSON objects about pets, weather and books: braces and quotes, other keys than any order has."""
     kind = rng.randrange(3)
     if kind == 0:
-        animal, who, colour, age = rng.choice(list(words.ANIMALS)), words.name(rng), rng.choice(words.KINDS[:12]), rng.randint(1, 15)
-        told = rng.choice((f"{who} is a {colour} {animal}, {age} years old.", f"My {colour} {animal} is called {who} and is {age}."))
+        animal, who, colour, age = (
+            rng.choice(list(words.ANIMALS)),
+            words.name(rng),
+            rng.choice(words.KINDS[:12]),
+            rng.randint(1, 15),
+        )
+        told = rng.choice(
+            (f"{who} is a {colour} {animal}, {age} years old.", f"My {colour} {animal} is called {who} and is {age}.")
+        )
         facts = {"pet": animal, "called": who, "colour": colour, "age": age}
     elif kind == 1:
-        place, degrees, sky = words.invented(rng).capitalize(), rng.randint(0, 35), rng.choice(("sunny", "rainy", "cloudy", "windy", "snowy"))
+        place, degrees, sky = (
+            words.invented(rng).capitalize(),
+            rng.randint(0, 35),
+            rng.choice(("sunny", "rainy", "cloudy", "windy", "snowy")),
+        )
         told = rng.choice((f"It is {sky} in {place}, {degrees} degrees.", f"{place} is {sky} with {degrees} degrees."))
         facts = {"city": place, "sky": sky, "degrees": degrees}
     else:
@@ -170,7 +184,14 @@ def _records(rng: random.Random) -> list[Turn]:
 def _forms(rng: random.Random) -> list[Turn]:
     """A note as a JSON object whose keys the question names: any word can be a key for any fact."""
     note = _Note(rng)
-    facts: dict[str, object] = {"name": note.name, "thing": note.item, "number": note.count, "size": note.size, "place": note.place, "day": note.day}
+    facts: dict[str, object] = {
+        "name": note.name,
+        "thing": note.item,
+        "number": note.count,
+        "size": note.size,
+        "place": note.place,
+        "day": note.day,
+    }
     if rng.random() < 0.3 and note.day:
         facts["day"] = note.day.lower()
         small = " Use small letters for the day."
@@ -204,7 +225,10 @@ def _facts(rng: random.Random) -> list[Turn]:
     kind = rng.randrange(5)
     if kind == 0:
         animal, (sound, baby) = rng.choice(list(words.ANIMALS.items()))
-        return [(f"What does a {animal} do?", f"A {animal} {sound}."), (f"What is a baby {animal} called?", f"A baby {animal} is called a {baby}.")]
+        return [
+            (f"What does a {animal} do?", f"A {animal} {sound}."),
+            (f"What is a baby {animal} called?", f"A baby {animal} is called a {baby}."),
+        ]
     if kind == 1:
         thing, colour = rng.choice(list(words.COLOURS.items()))
         return [(f"What colour is {thing}?", f"{thing[0].upper()}{thing[1:]} is {colour}.")]
@@ -223,7 +247,10 @@ def _smalltalk(rng: random.Random) -> list[Turn]:
     who = words.name(rng)
     scenes: list[list[Turn]] = [
         [("Hello!", "Hello! How can I help you?")],
-        [("Hi, who are you?", "I am cria, a baby llama."), ("What can you do?", "I can read short notes and answer questions about them.")],
+        [
+            ("Hi, who are you?", "I am cria, a baby llama."),
+            ("What can you do?", "I can read short notes and answer questions about them."),
+        ],
         [("How are you?", "I am well, thank you. And you?"), ("Good, thanks.", "I am glad to hear that.")],
         [(f"My name is {who}.", f"Nice to meet you, {who}!"), ("What is my name?", f"Your name is {who}.")],
         [("Thank you!", "You are welcome!")],
@@ -237,5 +264,15 @@ def _smalltalk(rng: random.Random) -> list[Turn]:
     return rng.choice(scenes)
 
 
-_SCENES: tuple[Callable[[random.Random], list[Turn]], ...] = (_questions, _summary, _two_notes, _copy, _records, _forms, _numbers, _facts, _smalltalk)
+_SCENES: tuple[Callable[[random.Random], list[Turn]], ...] = (
+    _questions,
+    _summary,
+    _two_notes,
+    _copy,
+    _records,
+    _forms,
+    _numbers,
+    _facts,
+    _smalltalk,
+)
 _WEIGHTS = (26, 16, 8, 13, 6, 18, 5, 4, 6)

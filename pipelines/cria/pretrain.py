@@ -114,7 +114,10 @@ def main() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
-    special = {name: tokenizer.token_to_id(f"<|{name}|>") for name in ("begin_of_text", "end_of_text", "eot_id", "eom_id", "finetune_right_pad_id")}
+    special = {
+        name: tokenizer.token_to_id(f"<|{name}|>")
+        for name in ("begin_of_text", "end_of_text", "eot_id", "eom_id", "finetune_right_pad_id")
+    }
     pad = special["finetune_right_pad_id"]
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -130,7 +133,10 @@ def main() -> None:
     total = args.steps * args.batch // args.passes
     ids, mask = (t.to(args.device) for t in corpus(str(args.out / "tokenizer.json"), total, args.seed, args.workers))
     held_ids, held_mask = (t.to(args.device) for t in corpus(str(args.out / "tokenizer.json"), 512, args.seed + 1, args.workers))
-    print(f"{ids.numel():,} tokens in {time.perf_counter() - started:.0f} s, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    print(
+        f"{ids.numel():,} tokens in {time.perf_counter() - started:.0f} s, {sum(p.numel() for p in model.parameters()):,} parameters",
+        flush=True,
+    )
 
     decay = [p for p in model.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if p.ndim != 2]
@@ -161,7 +167,12 @@ def main() -> None:
         if step % max(1, args.steps // 30) == 0 or step == args.steps - 1:
             with torch.no_grad(), torch.autocast(args.device, dtype=torch.bfloat16):
                 _, answers, right = loss_of(model, held_ids[:256].long(), held_mask[:256], pad)
-            point = {"step": step, "loss": loss.item(), "held_out_answer_loss": answers.item(), "held_out_answer_accuracy": right.item()}
+            point = {
+                "step": step,
+                "loss": loss.item(),
+                "held_out_answer_loss": answers.item(),
+                "held_out_answer_accuracy": right.item(),
+            }
             curve.append(point)
             print(json.dumps(point), f"{time.perf_counter() - started:.0f} s", flush=True)
     model.to(torch.bfloat16)

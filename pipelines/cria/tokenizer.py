@@ -1,6 +1,6 @@
 """cria's tokenizer: byte-level BPE with Llama 3.2's special tokens, learned from the corpus.
 
-    python pipelines/cria/tokenizer.py platform/altiplano/models/cria/weights
+python pipelines/cria/tokenizer.py platform/altiplano/models/cria/weights
 """
 
 import sys
@@ -42,7 +42,10 @@ def train(rows: int, seed: int) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCAB_SIZE,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator((HEADER + m["content"] for d in islice(dialogues(seed), rows) for m in d), trainer)
     return tokenizer

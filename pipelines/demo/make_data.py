@@ -14,24 +14,150 @@ from pathlib import Path
 SEED = 20261121
 TRAIN_ROWS, EVAL_ROWS = 2000, 300
 SYSTEM = "Turn the order into JSON."
-NAMES = (
-    "Adele Amara Anders Bianca Bruno Camila Cyrus Dalia Dmitri Edith Elif Farid Freya Gustav Hanna Haruki Imani Ingrid Jamal Joana Karim Keiko "
-    "Lars Leila Lorenzo Malik Marta Mateo Naomi Nikolai Nuria Oksana Pablo Petra Rafael Rania Rohan Saskia Selma Soren Thea Tomas "
-    "Valentina Viktor Wanda Yasmin Yuki Zahra Zlatan"
-).split()
-ITEMS = (
-    "pizza burger salad soup taco burrito sandwich bagel muffin cake pie cookie curry noodle bowl wrap pretzel pancake waffle smoothie coffee tea "
-    "lamp chair shelf rug blanket pillow mug kettle basket candle mirror scarf hat coat backpack notebook puzzle kite bell"
-).split()
-KINDS = (
-    "mushroom tomato spinach pepper cheese chicken bean pumpkin vanilla chocolate cherry ginger lemon almond coconut red blue green black white "
-    "wooden cotton glass copper travel garden"
-).split()
+NAMES = [
+    "Adele",
+    "Amara",
+    "Anders",
+    "Bianca",
+    "Bruno",
+    "Camila",
+    "Cyrus",
+    "Dalia",
+    "Dmitri",
+    "Edith",
+    "Elif",
+    "Farid",
+    "Freya",
+    "Gustav",
+    "Hanna",
+    "Haruki",
+    "Imani",
+    "Ingrid",
+    "Jamal",
+    "Joana",
+    "Karim",
+    "Keiko",
+    "Lars",
+    "Leila",
+    "Lorenzo",
+    "Malik",
+    "Marta",
+    "Mateo",
+    "Naomi",
+    "Nikolai",
+    "Nuria",
+    "Oksana",
+    "Pablo",
+    "Petra",
+    "Rafael",
+    "Rania",
+    "Rohan",
+    "Saskia",
+    "Selma",
+    "Soren",
+    "Thea",
+    "Tomas",
+    "Valentina",
+    "Viktor",
+    "Wanda",
+    "Yasmin",
+    "Yuki",
+    "Zahra",
+    "Zlatan",
+]
+ITEMS = [
+    "pizza",
+    "burger",
+    "salad",
+    "soup",
+    "taco",
+    "burrito",
+    "sandwich",
+    "bagel",
+    "muffin",
+    "cake",
+    "pie",
+    "cookie",
+    "curry",
+    "noodle",
+    "bowl",
+    "wrap",
+    "pretzel",
+    "pancake",
+    "waffle",
+    "smoothie",
+    "coffee",
+    "tea",
+    "lamp",
+    "chair",
+    "shelf",
+    "rug",
+    "blanket",
+    "pillow",
+    "mug",
+    "kettle",
+    "basket",
+    "candle",
+    "mirror",
+    "scarf",
+    "hat",
+    "coat",
+    "backpack",
+    "notebook",
+    "puzzle",
+    "kite",
+    "bell",
+]
+KINDS = [
+    "mushroom",
+    "tomato",
+    "spinach",
+    "pepper",
+    "cheese",
+    "chicken",
+    "bean",
+    "pumpkin",
+    "vanilla",
+    "chocolate",
+    "cherry",
+    "ginger",
+    "lemon",
+    "almond",
+    "coconut",
+    "red",
+    "blue",
+    "green",
+    "black",
+    "white",
+    "wooden",
+    "cotton",
+    "glass",
+    "copper",
+    "travel",
+    "garden",
+]
 SIZES = ("small", "medium", "large")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-STREETS = "Acorn Canal Dover Eagle Forest Grove Harbour Island Juniper Laurel Meadow Orchard Poplar Summit Tower Valley".split()
+STREETS = [
+    "Acorn",
+    "Canal",
+    "Dover",
+    "Eagle",
+    "Forest",
+    "Grove",
+    "Harbour",
+    "Island",
+    "Juniper",
+    "Laurel",
+    "Meadow",
+    "Orchard",
+    "Poplar",
+    "Summit",
+    "Tower",
+    "Valley",
+]
 WAYS = ("Street", "Road", "Lane", "Avenue")
-NUMBERS = "zero one two three four five six seven eight nine".split()
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 KEYS = ("customer", "item", "quantity", "size", "address", "day")
 
 

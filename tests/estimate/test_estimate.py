@@ -57,7 +57,9 @@ def test_two_workers_take_half_the_time_and_the_same_money() -> None:
 def test_a_run_that_cannot_fit_is_refused_with_settings_that_free_memory() -> None:
     small = Hardware("small GPU", 60e12, 6 << 30, 0.3)
     with pytest.raises(DoesNotFitError, match="gradient_checkpointing=true") as caught:
-        plan(pipeline(data={"datasets": [{"path": "a"}], "eval_datasets": [{"path": "b"}], "max_length": 8192}), LLAMA_3B, small, 1)
+        plan(
+            pipeline(data={"datasets": [{"path": "a"}], "eval_datasets": [{"path": "b"}], "max_length": 8192}), LLAMA_3B, small, 1
+        )
     assert "GiB" in str(caught.value) and "load_in_4bit=true" in str(caught.value)
 
 
@@ -72,7 +74,13 @@ def test_the_sweep_is_counted_with_halving() -> None:
 
 
 def test_shape_from_config_json_and_its_errors(tmp_path: Path) -> None:
-    config = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     config |= {"intermediate_size": 128, "vocab_size": 300, "tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_shape(tmp_path).head_dim == 16

@@ -80,6 +80,4 @@ def test_two_equal_models_are_told_apart_no_more_often_than_alpha() -> None:
         for _ in range(runs)
     ]
     assert decisions.count("promote") / runs <= GATE.alpha
-    assert (
-        decisions.count("promote") + decisions.count("reject")
-    ) / runs <= GATE.alpha + 0.025
+    assert (decisions.count("promote") + decisions.count("reject")) / runs <= GATE.alpha + 0.025

@@ -17,9 +17,13 @@ def register(app: typer.Typer) -> None:
 
 
 def chat(
-    message: Annotated[str | None, typer.Argument(help="Ask this and leave; without it, a conversation.", show_default=False)] = None,
+    message: Annotated[
+        str | None, typer.Argument(help="Ask this and leave; without it, a conversation.", show_default=False)
+    ] = None,
     url: Annotated[str, typer.Option(help="Address of the endpoint.")] = "http://127.0.0.1:8000/v1",
-    model: Annotated[str | None, typer.Option(help="Model name; default: the first tuned one that the endpoint serves.", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model name; default: the first tuned one that the endpoint serves.", show_default=False)
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.", show_default=False)] = None,
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
@@ -45,7 +49,9 @@ def chat(
 def _turn(client: httpx.Client, model: str, messages: list[Message], max_tokens: int, temperature: float) -> str:
     """Print the answer as it comes and return it."""
     pieces = []
-    for piece in _stream(client, {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": temperature, "stream": True}):
+    for piece in _stream(
+        client, {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": temperature, "stream": True}
+    ):
         out.print(piece, end="", markup=False)
         pieces.append(piece)
     out.print()

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="Pipeline file (YAML).", show_default=False)]
 OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as training.learning_rate=2e-4.", show_default=False)
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as training.learning_rate=2e-4.", show_default=False),
 ]
 
 
@@ -98,7 +99,13 @@ def plan(
         return
     gib = 1 << 30
     memory = [[name, f"{value / gib:.2f} GiB"] for name, value in asdict(needed.memory).items()]
-    out.print(table(f"Memory of one worker ({needed.hardware})", ["part", ">size"], [*memory, ["total", f"{needed.memory.total / gib:.2f} GiB"]]))
+    out.print(
+        table(
+            f"Memory of one worker ({needed.hardware})",
+            ["part", ">size"],
+            [*memory, ["total", f"{needed.memory.total / gib:.2f} GiB"]],
+        )
+    )
     out.print(
         f"\n{needed.num_workers} workers, {needed.micro_batch_tokens:,} tokens per forward pass, about {needed.tokens_per_second:,.0f} tokens/s\n"
         f"{needed.tune_tokens:,} tokens in the sweep, {needed.train_tokens:,} in the final run\n"

@@ -29,7 +29,12 @@ def models(
     registry = ModelRegistry(uri)
     versions = [v for n in ([name] if name else registry.names()) for v in registry.versions(n)]
     if output is Output.json:
-        print_json([{"name": v.name, "version": v.version, "aliases": list(v.aliases), "tags": dict(v.tags), "run_id": v.run_id} for v in versions])
+        print_json(
+            [
+                {"name": v.name, "version": v.version, "aliases": list(v.aliases), "tags": dict(v.tags), "run_id": v.run_id}
+                for v in versions
+            ]
+        )
         return
     rows = [[v.name, str(v.version), ", ".join(v.aliases), v.tags.get("gate", ""), v.tags.get("summary", "")] for v in versions]
     out.print(table("", ["model", ">version", "aliases", "gate", "summary"], rows))

@@ -1,6 +1,7 @@
 """`altiplano run` and `altiplano status`: start a pipeline, follow it, leave it, come back to it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,9 @@ def register(app: typer.Typer) -> None:
 def run(
     file: FileArgument,
     overrides: OverridesArgument = None,
-    foreground: Annotated[bool, typer.Option("--foreground", help="Run in this process (inside a Ray job); Ctrl-C ends the run.")] = False,
+    foreground: Annotated[
+        bool, typer.Option("--foreground", help="Run in this process (inside a Ray job); Ctrl-C ends the run.")
+    ] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Start and leave at once.")] = False,
 ) -> None:
     """Run a pipeline to its end. What is finished is skipped; Ctrl-C leaves it running."""
@@ -47,7 +50,9 @@ def run(
         code = view.follow(workspace, offset, driver.poll)
     except KeyboardInterrupt:
         err.print()
-        hint(f"The run goes on without you. Come back: altiplano status -w {workspace.root} --follow. Stop it: altiplano down -w {workspace.root}")
+        hint(
+            f"The run goes on without you. Come back: altiplano status -w {workspace.root} --follow. Stop it: altiplano down -w {workspace.root}"
+        )
         raise typer.Exit(130) from None
     raise typer.Exit(code)
 
@@ -76,8 +81,9 @@ def status(
 
 def _start_driver(pipeline: "spec.Pipeline", workspace: "Workspace") -> subprocess.Popen[str]:
     """A detached driver that holds the workspace's lock when this returns."""
+    from altiplano.cluster.local_ray import environment
     from altiplano.cluster.processes import mark
-    from altiplano.pipeline.driver import READY
+    from altiplano.pipeline.workspace import READY
 
     with workspace.log_file.open("a") as log:
         driver = subprocess.Popen(
@@ -86,7 +92,7 @@ def _start_driver(pipeline: "spec.Pipeline", workspace: "Workspace") -> subproce
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env=mark(workspace.root),
+            env=mark(workspace.root) | environment(workspace.root),
             start_new_session=True,
         )
     assert driver.stdin is not None and driver.stdout is not None
@@ -100,6 +106,10 @@ def _start_driver(pipeline: "spec.Pipeline", workspace: "Workspace") -> subproce
 
 
 def _in_this_process(pipeline: "spec.Pipeline", workspace: "Workspace") -> int:
+    if "RAY_ADDRESS" not in os.environ:
+        from altiplano.cluster.local_ray import environment
+
+        os.environ.update(environment(workspace.root))
     from altiplano.pipeline import driver
     from altiplano.pipeline.events import EventLog
 

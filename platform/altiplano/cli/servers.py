@@ -1,5 +1,6 @@
 """What runs for a workspace: `up`, `down`, `open`, `doctor`."""
 
+import os
 import shutil
 import sys
 import webbrowser
@@ -23,6 +24,9 @@ def register(app: typer.Typer) -> None:
 
 def up(workspace: WorkspaceOption = Path(".altiplano")) -> None:
     """Start Ray and MLflow for a workspace, and redeploy what its last run deployed."""
+    from altiplano.cluster.local_ray import environment
+
+    os.environ.update(environment(workspace.resolve()))
     from altiplano.pipeline.servers import bring_up
 
     for label, value in bring_up(workspace.resolve(), lambda text: err.print(text, style="dim")):

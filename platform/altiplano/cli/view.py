@@ -37,7 +37,9 @@ def follow(workspace: Workspace, offset: int, driver_code: Callable[[], int | No
                 break
             time.sleep(POLL_S)
     if screen.code is None:
-        problem(f"the driver ended without a word (exit code {ended}): see {workspace.log_file}; run the same command again to go on")
+        problem(
+            f"the driver ended without a word (exit code {ended}): see {workspace.log_file}; run the same command again to go on"
+        )
         return 1
     return conclude(workspace, screen.code, screen.error)
 
@@ -83,7 +85,9 @@ class Screen:
             return [Text(f"  {stage}: {self._text}")] if fresh and not err.is_terminal else []
         if kind in ("stage_finished", "stage_skipped"):
             took = f"{event['seconds']:.0f} s" if kind == "stage_finished" else "already done"
-            lines: list[RenderableType] = [Text.assemble(("✓ ", "green"), (f"{stage:<9}", "bold"), event["summary"], (f"  ({took})", "dim"))]
+            lines: list[RenderableType] = [
+                Text.assemble(("✓ ", "green"), (f"{stage:<9}", "bold"), event["summary"], (f"  ({took})", "dim"))
+            ]
             if self._trials:
                 lines.append(trials_table(self._trials))
             self._stage, self._text, self._trials = None, "", []
@@ -131,7 +135,8 @@ def trials_table(trials: list[dict[str, Any]]) -> RenderableType:
     names = list(trials[0]["params"]) if trials else []
     ranked = sorted(trials, key=lambda t: (t["metric"] is None, t["metric"] or 0.0))
     rows = [
-        [t["id"], *(_number(t["params"].get(n)) for n in names), f"{t['tokens']:,}", _number(t["metric"]), t["status"]] for t in ranked
+        [t["id"], *(_number(t["params"].get(n)) for n in names), f"{t['tokens']:,}", _number(t["metric"]), t["status"]]
+        for t in ranked
     ]
     return table("", ["trial", *(f">{n}" for n in names), ">tokens", ">eval loss", "status"], rows)
 

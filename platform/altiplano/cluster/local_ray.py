@@ -32,20 +32,22 @@ class RayHead:
 
     address: str  # host:port of the GCS
     dashboard: str  # URL, needs the token
-    token_path: str
     temp_dir: str
 
-    def environment(self) -> dict[str, str]:
-        """What a driver or worker needs to connect (Ray reads its settings from the environment only)."""
-        return {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": self.token_path,
-            "RAY_ADDRESS": self.address,
-            "RAY_USAGE_STATS_ENABLED": "0",
-            # Ray replaces print() otherwise, and libraries that disassemble code while hashing flood the log with it.
-            "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        }
+
+def environment(workspace: Path) -> dict[str, str]:
+    """What every process that talks to the head of `workspace` needs before it imports Ray, which reads these once."""
+    workspace.mkdir(parents=True, exist_ok=True)
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(_token(workspace)),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray replaces print() otherwise, and libraries that disassemble code while hashing flood the log with it.
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # Checkpoints are committed when the controller looks; the default of 2 s loses what a dying worker just reported.
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    }
 
 
 def start(workspace: Path, num_cpus: int) -> RayHead:
@@ -57,12 +59,15 @@ def start(workspace: Path, num_cpus: int) -> RayHead:
     head = RayHead(
         address=f"127.0.0.1:{processes.free_port()}",
         dashboard=f"http://127.0.0.1:{processes.free_port()}",
-        token_path=str(_token(workspace)),
         temp_dir=str(_temp_dir(workspace)),
     )
-    environment = {**processes.mark(workspace), **head.environment()}
-    environment.pop("RAY_ADDRESS")  # `ray start --head` refuses to start beside an address
-    done = subprocess.run(_command(head, num_cpus), env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        _command(head, num_cpus),
+        env=processes.mark(workspace) | environment(workspace),
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
     if done.returncode != 0:
         processes.stop(processes.marked(workspace))
         raise RayStartError(f"Ray did not start (exit code {done.returncode}):\n{(done.stdout + done.stderr)[-2000:]}")
@@ -103,10 +108,11 @@ def default_num_cpus() -> int:
 
 
 def connect(head: RayHead | None, **arguments: Any) -> None:
-    """Connect this process to `head`, or (None) to the cluster that the environment names: inside a Ray job."""
-    if head is not None:
-        os.environ.update(head.environment())
-    import ray
+    """Connect this process to `head`, or (None) to the cluster that the environment names: inside a Ray job.
+
+    This process was started with `environment` (or set it before it imported Ray).
+    """
+    import ray  # slow, and its settings must be in the environment before
 
     ray.init(address=None if head is None else head.address, ignore_reinit_error=True, logging_level="WARNING", **arguments)
 

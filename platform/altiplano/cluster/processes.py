@@ -32,7 +32,9 @@ def require_free(host: str, port: int, setting: str) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise PortBusyError(f"{host}:{port} cannot be used ({error.strerror}): stop the program that listens there, or change {setting}") from error
+            raise PortBusyError(
+                f"{host}:{port} cannot be used ({error.strerror}): stop the program that listens there, or change {setting}"
+            ) from error
 
 
 def mark(workspace: Path) -> dict[str, str]:

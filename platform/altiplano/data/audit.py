@@ -55,7 +55,10 @@ class AuditReport:
     def lines(self) -> list[str]:
         """The report for people."""
         width = max(self.histogram.values(), default=1)
-        bars = [f"  ≤ {bound:>6,} tokens {'█' * max(1, round(40 * count / width))} {count:,}" for bound, count in self.histogram.items()]
+        bars = [
+            f"  ≤ {bound:>6,} tokens {'█' * max(1, round(40 * count / width))} {count:,}"
+            for bound, count in self.histogram.items()
+        ]
         return [
             f"{self.train_rows:,} training rows, {self.train_tokens:,} tokens, longest {self.longest:,}; {self.eval_rows:,} evaluation rows",
             f"{self.supervised_fraction:.1%} of the tokens are learned",
@@ -83,10 +86,15 @@ def check_examples(rows: Sequence[tuple[str, int]], examples: Sequence[Example],
         length = len(example.input_ids)
         if length > max_length:
             errors.add(
-                source, number, f"longer than data.max_length ({max_length} tokens)", f"shorten them, or set data.max_length={_round_up(length)}"
+                source,
+                number,
+                f"longer than data.max_length ({max_length} tokens)",
+                f"shorten them, or set data.max_length={_round_up(length)}",
             )
         if all(label == IGNORED for label in example.labels[1:]):
-            errors.add(source, number, "no token to learn from (no assistant message)", "add the assistant's answer, or remove them")
+            errors.add(
+                source, number, "no token to learn from (no assistant message)", "add the assistant's answer, or remove them"
+            )
 
 
 def find_duplicates(rows: Iterable[tuple[str, int, str]]) -> Findings:

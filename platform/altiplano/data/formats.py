@@ -8,7 +8,14 @@ from altiplano.data.sources import RawRow
 from altiplano.data.templates import Message
 
 ROLES = {"system", "user", "assistant", "tool", "ipython"}
-SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "tool": "tool"}
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "tool": "tool",
+}
 
 
 class RowError(ValueError):

@@ -62,7 +62,9 @@ class Prepared:
         verify_manifest(directory)
         meta = json.loads((directory / "meta.json").read_text())
         report = meta["report"]
-        findings = {kind: tuple(audit.Finding(**{**f, "rows": tuple(f["rows"])}) for f in report[kind]) for kind in ("errors", "warnings")}
+        findings = {
+            kind: tuple(audit.Finding(**{**f, "rows": tuple(f["rows"])}) for f in report[kind]) for kind in ("errors", "warnings")
+        }
         bars = {int(bound): count for bound, count in report["histogram"].items()}
         rows = [EvalRow(**values) for values in _read_lines(directory / "eval.jsonl")]
         return cls(
@@ -90,13 +92,17 @@ def prepare(data: Data, tokenizer: Any) -> Prepared:
         audit.check_examples([(r.source, r.number) for r in rows], examples, data.max_length, errors)
     warnings = audit.Findings()
     duplicates = audit.find_duplicates((r.source, r.number, _whole(r)) for r in train_rows).all()
-    overlap = audit.find_overlap((_question(r) for r in train_rows), ((r.source, r.number, _question(r)) for r in eval_rows)).all()
+    overlap = audit.find_overlap(
+        (_question(r) for r in train_rows), ((r.source, r.number, _question(r)) for r in eval_rows)
+    ).all()
     stops = [*errors.all(), *(() if data.allow_duplicates else duplicates), *(() if data.allow_overlap else overlap)]
     notes = [*warnings.all(), *(duplicates if data.allow_duplicates else ()), *(overlap if data.allow_overlap else ())]
     report = _report(train, evaluation, stops, notes)
     report.raise_for_errors()
     if not train or not evaluation:
-        raise audit.AuditError(f"there are {len(train)} training and {len(evaluation)} evaluation rows: at least one of each is needed")
+        raise audit.AuditError(
+            f"there are {len(train)} training and {len(evaluation)} evaluation rows: at least one of each is needed"
+        )
     held_out = [_eval_row(r, e, template, tokenizer) for r, e in zip(eval_rows, evaluation, strict=True)]
     return Prepared(train, evaluation, held_out, report, _digest(train, evaluation, template), template.digest)
 

@@ -49,9 +49,13 @@ def read(source: DataSource) -> Iterator[RawRow]:
         else:
             yield from _hub(source)
     except FileNotFoundError as error:
-        raise SourceError(f"{path} does not exist: check data.datasets and data.eval_datasets (paths are relative to the pipeline file)") from error
+        raise SourceError(
+            f"{path} does not exist: check data.datasets and data.eval_datasets (paths are relative to the pipeline file)"
+        ) from error
     except (OSError, ImportError) as error:
-        raise SourceError(f"{path} cannot be read ({type(error).__name__}: {error}): check the path, the credentials and the network") from error
+        raise SourceError(
+            f"{path} cannot be read ({type(error).__name__}: {error}): check the path, the credentials and the network"
+        ) from error
 
 
 def _json_lines(path: str, stream: IO[bytes]) -> Iterator[RawRow]:

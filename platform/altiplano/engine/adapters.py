@@ -49,7 +49,9 @@ def load_adapter(name: str, directory: Path, config: LlamaConfig, max_rank: int,
         out_in = shapes.get(f"{match[1]}.weight")
         wanted = None if out_in is None else ((rank, out_in[1]) if match[4] == "A" else (out_in[0], rank))
         if tuple(tensor.shape) != wanted:
-            raise AdapterError(f"{directory}: {key} is {tuple(tensor.shape)}, the loaded model needs {wanted}: the adapter belongs to another base model")
+            raise AdapterError(
+                f"{directory}: {key} is {tuple(tensor.shape)}, the loaded model needs {wanted}: the adapter belongs to another base model"
+            )
         halves.setdefault((int(match[2]), match[3]), {})[match[4]] = tensor.to(dtype)
     pairs: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in range(config.num_hidden_layers)]
     for (layer, module), half in halves.items():
@@ -69,7 +71,9 @@ def _settings(directory: Path, max_rank: int) -> dict[str, Any]:
         raise AdapterError(f"{path} says peft_type {settings.get('peft_type')!r}: the engine runs LORA")
     for feature in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
         if settings.get(feature):
-            raise AdapterError(f"{path} uses {feature}, which the engine does not run: merge the adapter into its base and serve that")
+            raise AdapterError(
+                f"{path} uses {feature}, which the engine does not run: merge the adapter into its base and serve that"
+            )
     if settings.get("bias", "none") != "none":
         raise AdapterError(f"{path} trains biases, which the engine does not run: train with bias='none'")
     if settings["r"] > max_rank:

@@ -72,11 +72,16 @@ def read_config(directory: Path) -> LlamaConfig:
     """
     values = _json(directory / "config.json")
     if values.get("model_type") != "llama":
-        raise WeightsError(f"{directory}/config.json says model_type {values.get('model_type')!r}: the engine runs models of type 'llama'")
+        raise WeightsError(
+            f"{directory}/config.json says model_type {values.get('model_type')!r}: the engine runs models of type 'llama'"
+        )
     if values.get("quantization_config"):
         method = values["quantization_config"].get("quant_method")
         raise WeightsError(f"{directory} is quantized with {method!r}, which the engine does not load: use the bf16 checkpoint")
-    rope = values.get("rope_parameters") or {"rope_theta": values.get("rope_theta", 10000.0), **(values.get("rope_scaling") or {})}
+    rope = values.get("rope_parameters") or {
+        "rope_theta": values.get("rope_theta", 10000.0),
+        **(values.get("rope_scaling") or {}),
+    }
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise WeightsError(f"{directory}/config.json has rope type {kind!r}: the engine knows 'default' and 'llama3'")
@@ -110,7 +115,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads(path.read_text())
     except OSError as error:
-        raise WeightsError(f"{path} cannot be read ({error.strerror}): the model must be a directory in Hugging Face's format") from error
+        raise WeightsError(
+            f"{path} cannot be read ({error.strerror}): the model must be a directory in Hugging Face's format"
+        ) from error
     except ValueError as error:
         raise WeightsError(f"{path} is not JSON ({error}): copy the model again") from error
     return values

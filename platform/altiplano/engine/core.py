@@ -66,7 +66,9 @@ class Engine:
         self.runner = runner or _make_runner(config)
         self._pool = PagePool(config.num_blocks)
         self._radix = RadixIndex(self._pool, config.block_size) if config.enable_prefix_caching else None
-        self._scheduler = Scheduler(self._pool, self._radix, config.block_size, config.max_num_seqs, config.max_num_batched_tokens)
+        self._scheduler = Scheduler(
+            self._pool, self._radix, config.block_size, config.max_num_seqs, config.max_num_batched_tokens
+        )
         self._requests: dict[str, Request] = {}
         self._adapters: dict[str, Path] = {}
         self._news: list[TokenOutput] = []
@@ -198,7 +200,8 @@ class Engine:
                 if output.logprob is not None:
                     logprobs[output.request_id].append(output.logprob)
         return [
-            Completion(r.tokens[r.prompt_len :], r.finish_reason or "abort", logprobs[r.request_id], r.prompt_logprobs) for r in requests
+            Completion(r.tokens[r.prompt_len :], r.finish_reason or "abort", logprobs[r.request_id], r.prompt_logprobs)
+            for r in requests
         ]
 
     def score(self, sequences: Sequence[Sequence[int]], adapter: str | None = None) -> list[list[float]]:
@@ -212,7 +215,9 @@ class Engine:
         if not prompt:
             raise ValueError("the prompt is empty: give at least one token")
         if min(prompt) < 0 or max(prompt) >= self.runner.vocab_size:
-            raise ValueError(f"the prompt has token ids outside 0 … {self.runner.vocab_size - 1}: it was made with another tokenizer")
+            raise ValueError(
+                f"the prompt has token ids outside 0 … {self.runner.vocab_size - 1}: it was made with another tokenizer"
+            )
         limit = self.config.max_model_len
         if len(prompt) + params.max_tokens > limit:
             raise PromptTooLongError(

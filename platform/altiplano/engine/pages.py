@@ -56,4 +56,6 @@ class PagePool:
         free = set(self._free)
         assert len(free) == len(self._free), "a page is in the free list twice"
         for page, count in enumerate(self._count):
-            assert (count == 0) == (page in free), f"page {page} has {count} holders and is {'in' if page in free else 'not in'} the free list"
+            assert (count == 0) == (page in free), (
+                f"page {page} has {count} holders and is {'in' if page in free else 'not in'} the free list"
+            )

@@ -68,7 +68,13 @@ class RadixIndex:
         for leaf in list(self._leaves):
             node: _Node | None = leaf
             # A parent becomes a leaf when its last child goes, and is then as old as that child.
-            while freed < n and node is not None and node.parent is not None and not node.children and self._pool.holders(node.page) == 1:
+            while (
+                freed < n
+                and node is not None
+                and node.parent is not None
+                and not node.children
+                and self._pool.holders(node.page) == 1
+            ):
                 self._pool.release([node.page])
                 self._leaves.pop(node, None)
                 del node.parent.children[node.chunk]

@@ -51,7 +51,9 @@ class StepPlan:
 class Scheduler:
     """Queues, slots and pages of all requests."""
 
-    def __init__(self, pool: PagePool, radix: RadixIndex | None, block_size: int, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self, pool: PagePool, radix: RadixIndex | None, block_size: int, max_num_seqs: int, max_num_batched_tokens: int
+    ) -> None:
         self.pool, self.radix, self.block_size = pool, radix, block_size
         self.budget = max_num_batched_tokens
         self.waiting: list[Request] = []
@@ -113,12 +115,16 @@ class Scheduler:
         self.pool.check()
         held: dict[int, int] = {}
         for request in self.running:
-            assert len(request.pages) * self.block_size >= request.num_computed, f"{request.request_id} has computed tokens without pages"
+            assert len(request.pages) * self.block_size >= request.num_computed, (
+                f"{request.request_id} has computed tokens without pages"
+            )
             for page in request.pages:
                 held[page] = held.get(page, 0) + 1
         indexed = len(self.radix) if self.radix else 0
         owned = sum(self.pool.holders(page) for page in range(self.pool.num_pages))
-        assert owned == sum(held.values()) + indexed, f"{owned} holds, but requests have {sum(held.values())} and the prefix cache {indexed}"
+        assert owned == sum(held.values()) + indexed, (
+            f"{owned} holds, but requests have {sum(held.values())} and the prefix cache {indexed}"
+        )
 
     def _admit(self, budget: int, chunks: list[Chunk]) -> int:
         while self.waiting and budget > 0 and self._slots:

@@ -98,7 +98,11 @@ def _files(directory: Path) -> list[Path]:
     if files:
         return files
     pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
-    hint = f" ({', '.join(pickles)} are pickles, which can run code and are never opened: convert them to safetensors)" if pickles else ""
+    hint = (
+        f" ({', '.join(pickles)} are pickles, which can run code and are never opened: convert them to safetensors)"
+        if pickles
+        else ""
+    )
     raise WeightsError(f"{directory} has no .safetensors file{hint}")
 
 
@@ -107,7 +111,9 @@ def _assemble(config: LlamaConfig, found: dict[str, torch.Tensor], directory: Pa
         if name not in found:
             raise WeightsError(f"{directory} has no tensor {name}: the checkpoint is incomplete; copy the model again")
         if tuple(found[name].shape) != shape:
-            raise WeightsError(f"{directory}: {name} is {tuple(found[name].shape)}, and config.json asks for {shape}: they belong to different models")
+            raise WeightsError(
+                f"{directory}: {name} is {tuple(found[name].shape)}, and config.json asks for {shape}: they belong to different models"
+            )
     layers = []
     for index in range(config.num_hidden_layers):
         take = lambda name, at=f"model.layers.{index}.": found.pop(f"{at}{name}.weight")  # noqa: E731
@@ -122,4 +128,6 @@ def _assemble(config: LlamaConfig, found: dict[str, torch.Tensor], directory: Pa
             )
         )
     embedding = found["model.embed_tokens.weight"]
-    return Weights(embedding, tuple(layers), found["model.norm.weight"], embedding if config.tie_word_embeddings else found["lm_head.weight"])
+    return Weights(
+        embedding, tuple(layers), found["model.norm.weight"], embedding if config.tie_word_embeddings else found["lm_head.weight"]
+    )

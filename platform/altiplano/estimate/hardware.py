@@ -34,7 +34,9 @@ def detect(use_gpu: bool) -> Hardware:
     if not use_gpu:
         return Hardware("CPU, one core", _measure("cpu", torch.float32, 512), psutil.virtual_memory().total, CPU_USEFUL_SHARE)
     if not torch.cuda.is_available():
-        raise RuntimeError("scaling.use_gpu is true and torch sees no GPU here: run this on a GPU machine, or set scaling.use_gpu=false")
+        raise RuntimeError(
+            "scaling.use_gpu is true and torch sees no GPU here: run this on a GPU machine, or set scaling.use_gpu=false"
+        )
     name = torch.cuda.get_device_name()
     if name == H200.name:
         return H200

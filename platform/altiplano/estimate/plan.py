@@ -107,7 +107,9 @@ def _tune_tokens(pipeline: spec.Pipeline) -> int:
 
 def _advice(pipeline: spec.Pipeline, need: Memory, hardware: Hardware, micro: int) -> str:
     gib = 1 << 30
-    parts = ", ".join(f"{name} {getattr(need, name) / gib:.1f}" for name in ("weights", "adapter", "activations", "logits", "fixed"))
+    parts = ", ".join(
+        f"{name} {getattr(need, name) / gib:.1f}" for name in ("weights", "adapter", "activations", "logits", "fixed")
+    )
     ways = ["lower data.max_length"]
     if micro > pipeline.data.max_length:
         ways.insert(0, f"set training.micro_batch_tokens={pipeline.data.max_length}")

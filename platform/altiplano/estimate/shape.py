@@ -62,7 +62,9 @@ def read_shape(model_dir: Path) -> ModelShape:
     try:
         config = json.loads(path.read_text())
     except OSError as error:
-        raise ShapeError(f"{path} cannot be read ({error.strerror}): model.model_name_or_path must be a directory with a Hugging Face model") from error
+        raise ShapeError(
+            f"{path} cannot be read ({error.strerror}): model.model_name_or_path must be a directory with a Hugging Face model"
+        ) from error
     except ValueError as error:
         raise ShapeError(f"{path} is not JSON ({error}): download the model again") from error
     if config.get("model_type") != "llama":

@@ -29,7 +29,9 @@ def compare(candidate: Scores, rival: Scores, *, alpha: float, bootstrap_samples
     """Every task that both were measured on, over the same rows."""
     shared = [task for task in candidate.rows if task in rival.rows]
     return {
-        task: compare_rows(task, rival.rows[task], candidate.rows[task], alpha=alpha, bootstrap_samples=bootstrap_samples, seed=seed)
+        task: compare_rows(
+            task, rival.rows[task], candidate.rows[task], alpha=alpha, bootstrap_samples=bootstrap_samples, seed=seed
+        )
         for task in shared
     }
 

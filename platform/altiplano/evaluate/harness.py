@@ -17,10 +17,14 @@ def lm_eval_scores(model: Path, adapter: Path | None, names: Sequence[str], limi
     try:
         import lm_eval
     except ImportError as error:
-        raise HarnessError("evaluate.tasks names lm_eval tasks, and lm-eval is not installed: pip install 'altiplano[eval]'") from error
+        raise HarnessError(
+            "evaluate.tasks names lm_eval tasks, and lm-eval is not installed: pip install 'altiplano[eval]'"
+        ) from error
     arguments = f"pretrained={model}" + (f",peft={adapter}" if adapter else "")
     try:
-        result = lm_eval.simple_evaluate(model="hf", model_args=arguments, tasks=list(names), limit=limit, log_samples=True, apply_chat_template=True)
+        result = lm_eval.simple_evaluate(
+            model="hf", model_args=arguments, tasks=list(names), limit=limit, log_samples=True, apply_chat_template=True
+        )
     except Exception as error:
         raise HarnessError(f"lm-eval failed on {', '.join(names)} ({type(error).__name__}: {error})") from error
     return {name: [_value(sample) for sample in result["samples"][name]] for name in names}

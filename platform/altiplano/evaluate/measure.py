@@ -36,7 +36,14 @@ class Scores:
 
 
 def measure(
-    model: Path, adapters: Mapping[str, Path | None], rows: Sequence[EvalRow], settings: spec.Evaluate, *, max_model_len: int, dtype: str, device: str
+    model: Path,
+    adapters: Mapping[str, Path | None],
+    rows: Sequence[EvalRow],
+    settings: spec.Evaluate,
+    *,
+    max_model_len: int,
+    dtype: str,
+    device: str,
 ) -> dict[str, Scores]:
     """Scores of every subject of `adapters` (None: the base alone) on the first `settings.limit` of `rows`.
 
@@ -105,4 +112,6 @@ def _measure_one(engine: Engine, tokenizer: Any, adapter: str | None, rows: Sequ
 
 def _answer(engine: Engine, rows: Sequence[EvalRow], adapter: str | None, max_new_tokens: int) -> list[Completion]:
     with torch.inference_mode():
-        return engine.generate([row.prompt_ids for row in rows], SamplingParams(max_tokens=max_new_tokens, temperature=0.0), adapter)
+        return engine.generate(
+            [row.prompt_ids for row in rows], SamplingParams(max_tokens=max_new_tokens, temperature=0.0), adapter
+        )

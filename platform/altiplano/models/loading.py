@@ -33,7 +33,9 @@ def resolve_model_path(model: spec.Model) -> Path:
         directory = _from_hub(model)
     for name in ("config.json", "tokenizer.json"):
         if not (directory / name).is_file():
-            raise ModelError(f"{directory} has no {name}: model.model_name_or_path must be a complete model in Hugging Face's format")
+            raise ModelError(
+                f"{directory} has no {name}: model.model_name_or_path must be a complete model in Hugging Face's format"
+            )
     if not any(directory.glob("*.safetensors")):
         pickles = sorted(p.name for pattern in PICKLES for p in directory.glob(pattern))
         hint = f"; {', '.join(pickles)} are pickles, which are never opened: convert them to safetensors" if pickles else ""
@@ -52,10 +54,16 @@ def load_base(model: spec.Model, device: str) -> Any:
     Raises:
         ModelError: bitsandbytes is missing.
     """
-    options: dict[str, Any] = {"dtype": DTYPES[model.dtype], "attn_implementation": model.attn_implementation, "device_map": {"": device}}
+    options: dict[str, Any] = {
+        "dtype": DTYPES[model.dtype],
+        "attn_implementation": model.attn_implementation,
+        "device_map": {"": device},
+    }
     if model.load_in_4bit:
         options["quantization_config"] = _four_bits(model)
-    made = AutoModelForCausalLM.from_pretrained(resolve_model_path(model), use_safetensors=True, trust_remote_code=False, **options)
+    made = AutoModelForCausalLM.from_pretrained(
+        resolve_model_path(model), use_safetensors=True, trust_remote_code=False, **options
+    )
     made.config.use_cache = False
     return made
 
@@ -75,7 +83,9 @@ def _four_bits(model: spec.Model) -> Any:
     try:
         import bitsandbytes  # noqa: F401  (transformers needs it for 4-bit weights)
     except ImportError as error:
-        raise ModelError("model.load_in_4bit needs bitsandbytes: pip install 'altiplano[gpu]', or set load_in_4bit=false") from error
+        raise ModelError(
+            "model.load_in_4bit needs bitsandbytes: pip install 'altiplano[gpu]', or set load_in_4bit=false"
+        ) from error
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -91,7 +101,9 @@ def _from_hub(model: spec.Model) -> Path:
 
     try:
         found = snapshot_download(
-            model.model_name_or_path, revision=model.model_revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]
+            model.model_name_or_path,
+            revision=model.model_revision,
+            allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"],
         )
     except Exception as error:
         raise ModelError(

@@ -45,7 +45,9 @@ def verify_manifest(directory: Path) -> str:
     """
     path = directory / MANIFEST
     if not path.is_file():
-        raise ManifestError(f"{directory} has no {MANIFEST}: it was not written by Altiplano, or the write did not finish; use another copy")
+        raise ManifestError(
+            f"{directory} has no {MANIFEST}: it was not written by Altiplano, or the write did not finish; use another copy"
+        )
     text = path.read_text()
     try:
         listed: dict[str, str] = json.loads(text)["files"]
@@ -58,7 +60,9 @@ def verify_manifest(directory: Path) -> str:
         raise ManifestError(f"{directory / name} is not in {MANIFEST}: remove it, or write the directory again")
     for name, digest in sorted(listed.items()):
         if digest_file(directory / name) != digest:
-            raise ManifestError(f"{directory / name} does not match its sha256: the file was damaged or changed; use another copy")
+            raise ManifestError(
+                f"{directory / name} does not match its sha256: the file was damaged or changed; use another copy"
+            )
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -14,9 +14,7 @@ from altiplano.pipeline.events import EventLog
 from altiplano.pipeline.outcome import FAILED, OK, UNAVAILABLE, finish
 from altiplano.pipeline.run import StageError, run_pipeline
 from altiplano.pipeline.services import ServiceError
-from altiplano.pipeline.workspace import Workspace, WorkspaceBusyError, WorkspaceError, write_json
-
-READY = "ready"
+from altiplano.pipeline.workspace import READY, Workspace, WorkspaceBusyError, WorkspaceError, write_json
 
 
 def run(pipeline: spec.Pipeline, workspace: Workspace, events: EventLog) -> int:

@@ -32,7 +32,9 @@ def run_pipeline(pipeline: spec.Pipeline, workspace: Workspace, events: EventLog
         ServiceError: Ray or MLflow could not be started or reached.
     """
     events.emit("run_started", run=pipeline.run.name, stages=[stage.name for stage in STAGES])
-    running = services.ensure(pipeline.tracking, workspace.root, lambda text: events.emit("progress", stage="services", text=text))
+    running = services.ensure(
+        pipeline.tracking, workspace.root, lambda text: events.emit("progress", stage="services", text=text)
+    )
     ledger = Ledger(workspace)
     identity = digest(pipeline.model_dump(mode="json"))
     tracker = Tracker(running.tracking_uri, pipeline.tracking.experiment_name or pipeline.run.name, str(workspace.spool_dir))
@@ -68,7 +70,9 @@ def _advance(stage: Stage, context: Context, ledger: Ledger, tracker: Tracker) -
             return
         context.events.emit("stage_started", stage=stage.name)
         started = time.monotonic()
-        context.tracked = tracker.start_run(stage.name, stage.name, parent_run_id=context.parent.run_id, run_id=ledger.begun(stage.name, key))
+        context.tracked = tracker.start_run(
+            stage.name, stage.name, parent_run_id=context.parent.run_id, run_id=ledger.begun(stage.name, key)
+        )
         ledger.begin(stage.name, key, context.tracked.run_id)
         outputs = stage.run(context)
     except BaseException as error:

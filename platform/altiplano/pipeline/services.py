@@ -64,7 +64,9 @@ def find_mlflow(root: Path) -> str | None:
 def _mlflow(configured: str | None, root: Path, say: Callable[[str], None]) -> str:
     if configured is not None:
         if not is_healthy(configured):
-            raise ServiceError(f"MLflow does not answer at {configured}: start it, or change tracking.tracking_uri (null: a server of our own)")
+            raise ServiceError(
+                f"MLflow does not answer at {configured}: start it, or change tracking.tracking_uri (null: a server of our own)"
+            )
         return configured
     running = find_mlflow(root)
     if running is not None:

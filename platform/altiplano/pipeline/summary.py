@@ -46,7 +46,9 @@ def latest_run(root: Path, name: str | None) -> RunPlace:
     chosen = name or max(found, key=lambda run: found[run], default=None)
     if chosen is None or chosen not in found:
         known = ", ".join(sorted(found)) or "none yet: start one with `altiplano run FILE`"
-        raise NoRunError(f"{root} has no run {name!r}; runs: {known}" if name else f"{root} has no runs: start one with `altiplano run FILE`")
+        raise NoRunError(
+            f"{root} has no run {name!r}; runs: {known}" if name else f"{root} has no runs: start one with `altiplano run FILE`"
+        )
     return RunPlace(root, chosen)
 
 
@@ -75,10 +77,17 @@ def summarize(workspace: Workspace) -> dict[str, Any]:
 def _lines(outputs: dict[str, Any], mlflow: str | None) -> list[tuple[str, str]]:
     lines = []
     if train := outputs.get("train"):
-        lines.append(("loss", f"{train['loss_curve'][0][1]:.3f} → {train['loss_curve'][-1][1]:.3f}, held-out {train['eval_loss']:.3f}"))
+        lines.append(
+            ("loss", f"{train['loss_curve'][0][1]:.3f} → {train['loss_curve'][-1][1]:.3f}, held-out {train['eval_loss']:.3f}")
+        )
     if gate := outputs.get("gate"):
         interval = f"gain {gate['delta']:+.1%}, 95 % interval [{gate['ci_low']:+.1%}, {gate['ci_high']:+.1%}]"
-        lines.append((gate["primary"].replace("_", " "), f"{gate['baseline']:.1%} ({gate['rival']}) → {gate['candidate']:.1%} (tuned); {interval}"))
+        lines.append(
+            (
+                gate["primary"].replace("_", " "),
+                f"{gate['baseline']:.1%} ({gate['rival']}) → {gate['candidate']:.1%} (tuned); {interval}",
+            )
+        )
         lines.append(("gate", f"{gate['decision']}: {'; '.join(gate['reasons'])}"))
     if register := outputs.get("register"):
         lines.append(("registry", f"{register['name']} version {register['version']}"))

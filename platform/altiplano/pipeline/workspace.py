@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# The driver's first line on standard output, once it holds the workspace.
+READY = "ready"
+
 
 class WorkspaceBusyError(RuntimeError):
     """Another pipeline is running in this workspace."""
@@ -58,7 +61,9 @@ class Workspace:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self.spool_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise WorkspaceError(f"{self.run_dir} cannot be written ({error.strerror}): free space, or change run.storage_path") from error
+            raise WorkspaceError(
+                f"{self.run_dir} cannot be written ({error.strerror}): free space, or change run.storage_path"
+            ) from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -51,7 +51,12 @@ class Verdict:
         """A page for people."""
         lines = [f"# Gate: {self.decision}", "", *(f"- **{c.outcome}** {c.name}: {c.detail}" for c in self.checks)]
         for rival, tasks in self.comparisons.items():
-            lines += ["", f"## Candidate against {rival}", "", "| task | " + rival + " | candidate | gain | interval | p | test | rows |"]
+            lines += [
+                "",
+                f"## Candidate against {rival}",
+                "",
+                "| task | " + rival + " | candidate | gain | interval | p | test | rows |",
+            ]
             lines.append("|---|---|---|---|---|---|---|---|")
             lines += [
                 f"| {t.task} | {t.baseline:.4f} | {t.candidate:.4f} | {t.delta:+.4f} | [{t.ci_low:+.4f}, {t.ci_high:+.4f}] | {t.p_value:.2g} | {t.test} | {t.n} |"
@@ -61,7 +66,11 @@ class Verdict:
 
 
 def decide(
-    gate: spec.Gate, comparisons: Mapping[str, Mapping[str, Comparison]], *, latency: Mapping[str, float], missing_lineage: Sequence[str]
+    gate: spec.Gate,
+    comparisons: Mapping[str, Mapping[str, Comparison]],
+    *,
+    latency: Mapping[str, float],
+    missing_lineage: Sequence[str],
 ) -> Verdict:
     """The verdict. `comparisons` by rival and task; `latency` in seconds per token by subject; `missing_lineage` names gaps."""
     rival = CHAMPION if CHAMPION in comparisons else BASE

@@ -146,7 +146,12 @@ class ModelRegistry:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         made = self._client.create_model_version(
-            name, source=f"models:/{model.model_id}", run_id=run_id, model_id=model.model_id, tags=dict(tags), description=tags.get("summary")
+            name,
+            source=f"models:/{model.model_id}",
+            run_id=run_id,
+            model_id=model.model_id,
+            tags=dict(tags),
+            description=tags.get("summary"),
         )
         return int(made.version)
 
@@ -158,7 +163,11 @@ class ModelRegistry:
             return action()
         except MlflowException as error:
             if error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE") or "Max retries" in str(error):
-                raise RegistryUnavailableError(f"MLflow at {self._uri} does not answer ({error}): start it and run the same command again") from error
+                raise RegistryUnavailableError(
+                    f"MLflow at {self._uri} does not answer ({error}): start it and run the same command again"
+                ) from error
             raise
         except OSError as error:
-            raise RegistryUnavailableError(f"MLflow at {self._uri} does not answer ({error}): start it and run the same command again") from error
+            raise RegistryUnavailableError(
+                f"MLflow at {self._uri} does not answer ({error}): start it and run the same command again"
+            ) from error

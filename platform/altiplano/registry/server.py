@@ -45,7 +45,9 @@ def start_server(directory: Path, port: int, backend_store_uri: str | None = Non
     # Without this the server starts eight processes more, for jobs that nobody submits to it.
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with log.open("a") as stream:
-        server = subprocess.Popen(command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
+        server = subprocess.Popen(
+            command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
+        )
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if is_healthy(uri):

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import mlflow.data
-from mlflow.data.meta_dataset import MetaDataset
 from mlflow.data.http_dataset_source import HTTPDatasetSource
+from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import DatasetInput, InputTag, Run
 from mlflow.exceptions import MlflowException
 
@@ -36,7 +35,9 @@ class Tracker:
             found = self._client.get_experiment_by_name(experiment_name)
             self._experiment = found.experiment_id if found else self._client.create_experiment(experiment_name)
         except (MlflowException, OSError) as error:
-            raise RegistryUnavailableError(f"MLflow at {tracking_uri} does not answer ({error}): start it, or change tracking.tracking_uri") from error
+            raise RegistryUnavailableError(
+                f"MLflow at {tracking_uri} does not answer ({error}): start it, or change tracking.tracking_uri"
+            ) from error
 
     def start_run(
         self,
@@ -51,9 +52,15 @@ class Tracker:
         """A new run, or (`run_id`) the one that an interrupted attempt began, running again."""
         labels = {STAGE: kind, **(tags or {})} | ({PARENT: parent_run_id} if parent_run_id else {})
         try:
-            run = self._resume(run_id) or self._same_tag(labels) or self._client.create_run(self._experiment, tags=labels, run_name=name)
+            run = (
+                self._resume(run_id)
+                or self._same_tag(labels)
+                or self._client.create_run(self._experiment, tags=labels, run_name=name)
+            )
         except (MlflowException, OSError) as error:
-            raise RegistryUnavailableError(f"MLflow at {self._uri} does not answer ({error}): start it and run the same command again") from error
+            raise RegistryUnavailableError(
+                f"MLflow at {self._uri} does not answer ({error}): start it and run the same command again"
+            ) from error
         tracked = TrackedRun(self._uri, run.info.run_id, self._spool)
         if params:
             tracked.log_params(params)

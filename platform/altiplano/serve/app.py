@@ -31,7 +31,9 @@ class _Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter("altiplano_requests", "HTTP requests", ["route", "status"], registry=self.registry)
-        self.seconds = Histogram("altiplano_request_seconds", "Time to the last byte of a response's head", ["route"], registry=self.registry)
+        self.seconds = Histogram(
+            "altiplano_request_seconds", "Time to the last byte of a response's head", ["route"], registry=self.registry
+        )
         self.engine = {
             name: Gauge(f"altiplano_{name}", text, registry=self.registry)
             for name, text in {
@@ -46,7 +48,7 @@ class _Metrics:
         }
 
 
-def create_app(make_generator: Callable[[], Generator]) -> FastAPI:
+def create_app(make_generator: Callable[[], Generator], max_body_bytes: int = 2 << 20) -> FastAPI:
     """The application. `make_generator` is called per request, because Ray Serve makes the application before the engine."""
     app = FastAPI(title="Altiplano", version=__version__, docs_url=None, redoc_url=None)
     metrics = _Metrics()
@@ -54,10 +56,9 @@ def create_app(make_generator: Callable[[], Generator]) -> FastAPI:
     @app.middleware("http")
     async def frame(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         started = time.perf_counter()
-        limit = make_generator().settings.max_body_bytes
         length = request.headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > limit:
-            response: Response = ApiError(413, f"the body has {length} bytes, more than {limit}: shorten it").response()
+        if not length.isdigit() or int(length) > max_body_bytes:
+            response: Response = ApiError(413, f"the body has {length} bytes, more than {max_body_bytes}: shorten it").response()
         else:
             response = await call_next(request)
         response.headers["x-request-id"] = request.headers.get("x-request-id", uuid.uuid4().hex)[:128]
@@ -154,4 +155,8 @@ def _no_constants(name: str) -> float:
 def _first_problem(problems: Any) -> ApiError:
     first = problems[0]
     where = ".".join(str(part) for part in first["loc"])
-    return ApiError(400, f"{where}: {first['msg'].removeprefix('Value error, ')}" if where else first["msg"].removeprefix("Value error, "), param=where or None)
+    return ApiError(
+        400,
+        f"{where}: {first['msg'].removeprefix('Value error, ')}" if where else first["msg"].removeprefix("Value error, "),
+        param=where or None,
+    )

@@ -4,7 +4,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
 from ray import serve
 from ray.serve.schema import ApplicationStatus
 from tokenizers import Tokenizer
@@ -47,41 +46,48 @@ async def make_generator(settings: ServeSettings) -> Generator:
     return Generator(settings, client, tokenizer, template, dict(settings.aliases))
 
 
-def build_ingress(settings: dict[str, Any]) -> Any:
-    """The deployment class around the application of one process."""
-    holder: dict[str, Generator] = {}
+class _Process:
+    """The generator of this replica's process. Ray copies the application apart from the class around it, so what they share
+    lives in this module."""
 
-    def current() -> Generator:
-        if "generator" not in holder:
-            raise ApiError(503, "the engine is starting: try again in a moment", retry_after=2)
-        return holder["generator"]
+    generator: Generator | None = None
 
-    app: FastAPI = create_app(current)
 
-    @serve.deployment(name="endpoint", ray_actor_options={"num_cpus": 1 if settings["device"] == "cpu" else 2})
-    @serve.ingress(app)
-    class Endpoint:
-        async def __init__(self) -> None:
-            holder["generator"] = await make_generator(ServeSettings(**settings))
+def current() -> Generator:
+    """The generator of this process.
 
-        async def reconfigure(self, user_config: dict[str, Any]) -> None:
-            """Adapters and aliases change here, without a restart and without touching running requests."""
-            generator = current()
-            for name, path in user_config["adapters"].items():
-                if name not in generator.client.adapters:
-                    await generator.client.load_adapter(name, path)
-            generator.aliases = dict(user_config["aliases"])
-            for name in set(generator.client.adapters) - set(user_config["adapters"]):
-                await generator.client.unload_adapter(name)
+    Raises:
+        ApiError: 503 while the engine is starting.
+    """
+    if _Process.generator is None:
+        raise ApiError(503, "the engine is starting: try again in a moment", retry_after=2)
+    return _Process.generator
 
-        async def check_health(self) -> None:
-            # An engine that is starting again is not a reason to replace the replica; one that hangs is.
-            try:
-                await current().client.stats(HEALTH_TIMEOUT_S)
-            except EngineDiedError:
-                return
 
-    return Endpoint
+@serve.deployment(name="endpoint")
+@serve.ingress(create_app(current))
+class Endpoint:
+    """One replica. `settings` are those of ServeSettings."""
+
+    async def __init__(self, settings: dict[str, Any]) -> None:
+        _Process.generator = await make_generator(ServeSettings(**settings))
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Adapters and aliases change here, without a restart and without touching running requests."""
+        generator = current()
+        for name, path in user_config["adapters"].items():
+            if name not in generator.client.adapters:
+                await generator.client.load_adapter(name, path)
+        generator.aliases = dict(user_config["aliases"])
+        for name in set(generator.client.adapters) - set(user_config["adapters"]):
+            await generator.client.unload_adapter(name)
+
+    async def check_health(self) -> None:
+        # An engine that is starting again is not a reason to replace the replica; one that hangs is.
+        try:
+            await current().client.stats(HEALTH_TIMEOUT_S)
+        except EngineDiedError:
+            return
 
 
 def deploy(settings: ServeSettings, endpoint: spec.Serve) -> None:
@@ -95,7 +101,8 @@ def deploy(settings: ServeSettings, endpoint: spec.Serve) -> None:
         verify_manifest(Path(path))
     values = asdict(settings)
     serve.start(http_options={"host": endpoint.host, "port": endpoint.port}, proxy_location="HeadOnly")
-    deployment = build_ingress(values).options(
+    deployment = Endpoint.options(
+        ray_actor_options={"num_cpus": 1},
         max_ongoing_requests=endpoint.max_num_seqs * 4,
         max_queued_requests=endpoint.max_num_seqs * 16,
         user_config={"adapters": settings.adapters, "aliases": settings.aliases},
@@ -103,7 +110,7 @@ def deploy(settings: ServeSettings, endpoint: spec.Serve) -> None:
         health_check_timeout_s=HEALTH_TIMEOUT_S + 10,
     )
     try:
-        serve.run(deployment.bind(), name=APPLICATION, route_prefix="/")
+        serve.run(deployment.bind(values), name=APPLICATION, route_prefix="/")
     except RuntimeError as error:
         status = serve.status().applications.get(APPLICATION)
         raise DeployError(f"the endpoint did not come up: {status.message if status else error}") from error

@@ -57,7 +57,12 @@ class Loop:
             try:
                 params = SamplingParams(**msgspec.structs.asdict(command.sampling))
                 engine.add_request(
-                    command.request_id, command.prompt, params, adapter=command.adapter, priority=command.priority, namespace=command.namespace
+                    command.request_id,
+                    command.prompt,
+                    params,
+                    adapter=command.adapter,
+                    priority=command.priority,
+                    namespace=command.namespace,
                 )
             except ValueError as error:
                 self._send(m.Refused(command.request_id, str(error)))
@@ -107,7 +112,9 @@ def main() -> None:
 
 
 def _token(output: TokenOutput) -> m.Token:
-    return m.Token(output.request_id, output.token_id, output.finish_reason, output.logprob, output.top_logprobs, output.num_cached_tokens)
+    return m.Token(
+        output.request_id, output.token_id, output.finish_reason, output.logprob, output.top_logprobs, output.num_cached_tokens
+    )
 
 
 def _exactly(connection: socket.socket, size: int) -> bytes:

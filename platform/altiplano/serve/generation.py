@@ -68,7 +68,12 @@ class Generator:
         if name == self.settings.served_model_name:
             return None
         if name not in self.client.adapters:
-            raise ApiError(404, f"there is no model {model!r}: use one of {', '.join(self.model_names())}", param="model", code="model_not_found")
+            raise ApiError(
+                404,
+                f"there is no model {model!r}: use one of {', '.join(self.model_names())}",
+                param="model",
+                code="model_not_found",
+            )
         return name
 
     def chat_prompt(self, request: ChatRequest) -> list[int]:
@@ -125,7 +130,9 @@ class Generator:
             logprobs=logprobs,
         )
 
-    async def stream(self, request: ChatRequest | CompletionRequest, prompts: list[list[int]], usage: Usage) -> AsyncIterator[Piece]:
+    async def stream(
+        self, request: ChatRequest | CompletionRequest, prompts: list[list[int]], usage: Usage
+    ) -> AsyncIterator[Piece]:
         """Pieces of all answers, as they come. Answer i belongs to prompt i // n."""
         adapter = self.adapter_of(request.model)
         usage.prompt_tokens = sum(len(prompt) for prompt in prompts)

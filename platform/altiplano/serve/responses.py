@@ -26,7 +26,11 @@ async def whole(generator: Generator, request: Request, prompts: list[list[int]]
         reasons[piece.index] = piece.finish_reason or reasons[piece.index]
     choices = []
     for index in range(count):
-        choice: dict[str, Any] = {"index": index, "finish_reason": reasons[index], "logprobs": _logprobs(generator, request, pieces[index])}
+        choice: dict[str, Any] = {
+            "index": index,
+            "finish_reason": reasons[index],
+            "logprobs": _logprobs(generator, request, pieces[index]),
+        }
         if isinstance(request, ChatRequest):
             choice["message"] = {"role": "assistant", "content": texts[index], "refusal": None}
         else:

@@ -21,4 +21,3 @@ class ServeSettings:
     block_size: int = 32
     kv_cache_tokens: int = 65536
     enable_prefix_caching: bool = True
-    max_body_bytes: int = 2 << 20

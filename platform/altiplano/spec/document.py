@@ -52,7 +52,9 @@ def parse(path: Path) -> Document:
         if node is None:
             raise SpecError([Problem(str(path), "", "is empty: start from pipelines/demo/pipeline.yaml")])
         if not isinstance(node, yaml.MappingNode):
-            raise SpecError([Problem(f"{path}:{node.start_mark.line + 1}", "", "a pipeline file is a mapping of sections, such as `data:`")])
+            raise SpecError(
+                [Problem(f"{path}:{node.start_mark.line + 1}", "", "a pipeline file is a mapping of sections, such as `data:`")]
+            )
         lines, twice = _lines(node)
         if twice:
             raise SpecError([Problem(f"{path}:{line}", key, "is given twice: remove one of them") for key, line in twice])

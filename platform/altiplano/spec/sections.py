@@ -76,7 +76,9 @@ class Training(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     num_train_epochs: float = Field(1.0, gt=0)
     tokens_per_step: int = Field(16384, ge=16, description="Global batch in tokens; the same for any number of workers.")
-    micro_batch_tokens: int | None = Field(None, ge=16, description="Tokens per forward pass of one worker; null: chosen by the memory estimate.")
+    micro_batch_tokens: int | None = Field(
+        None, ge=16, description="Tokens per forward pass of one worker; null: chosen by the memory estimate."
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations: much less memory, about 1.4 times the time.")
     seed: int = Field(42, ge=0, lt=2**31)
     logging_steps: int = Field(5, ge=1)
@@ -121,7 +123,8 @@ class Tune(Section):
     scheduler: AshaScheduler
     search_alg: OptunaSearch = OptunaSearch()
     search_space: dict[str, dict[str, Any]] = Field(
-        min_length=1, description="dotted path -> {loguniform: [low, high]} | {uniform: [low, high]} | {choice: [...]} | {randint: [low, high]}"
+        min_length=1,
+        description="dotted path -> {loguniform: [low, high]} | {uniform: [low, high]} | {choice: [...]} | {randint: [low, high]}",
     )
 
 
@@ -152,7 +155,9 @@ class Run(Section):
 class Evaluate(Section):
     """How the candidate, the base and the champion are measured, on the same rows."""
 
-    tasks: tuple[str, ...] = Field(("perplexity", "exact_match"), min_length=1, description="perplexity, exact_match, json_validity, or lm_eval:<task>.")
+    tasks: tuple[str, ...] = Field(
+        ("perplexity", "exact_match"), min_length=1, description="perplexity, exact_match, json_validity, or lm_eval:<task>."
+    )
     max_new_tokens: int = Field(256, ge=1)
     batch_size: int = Field(64, ge=1)
     limit: int | None = Field(None, ge=1, description="Rows to evaluate; null: all.")
@@ -188,7 +193,9 @@ class Serve(Section):
     max_num_seqs: int = Field(64, ge=1)
     max_num_batched_tokens: int = Field(2048, ge=16)
     block_size: int = Field(32, ge=1, description="Tokens per page of KV cache.")
-    kv_cache_tokens: int = Field(65536, ge=32, description="Size of the KV cache in tokens (on a CPU; on a GPU: what memory allows).")
+    kv_cache_tokens: int = Field(
+        65536, ge=32, description="Size of the KV cache in tokens (on a CPU; on a GPU: what memory allows)."
+    )
     enable_prefix_caching: bool = True
 
 
@@ -211,10 +218,14 @@ class Pipeline(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Pipeline":
         if self.gate.primary not in self.evaluate.tasks:
-            raise ValueError(f"gate.primary is {self.gate.primary!r}, which is not in evaluate.tasks {list(self.evaluate.tasks)}: add it there")
+            raise ValueError(
+                f"gate.primary is {self.gate.primary!r}, which is not in evaluate.tasks {list(self.evaluate.tasks)}: add it there"
+            )
         missing = sorted(set(self.gate.non_inferiority) - set(self.evaluate.tasks))
         if missing:
-            raise ValueError(f"gate.non_inferiority names {missing}, not in evaluate.tasks {list(self.evaluate.tasks)}: add them there")
+            raise ValueError(
+                f"gate.non_inferiority names {missing}, not in evaluate.tasks {list(self.evaluate.tasks)}: add them there"
+            )
         if self.data.max_length > self.training.tokens_per_step:
             raise ValueError(
                 f"training.tokens_per_step ({self.training.tokens_per_step}) is below data.max_length ({self.data.max_length}): "

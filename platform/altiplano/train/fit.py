@@ -55,7 +55,9 @@ def fit(pipeline: spec.Pipeline, prepared_dir: Path, out: Path, *, sink: MetricS
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=scaling.num_workers, use_gpu=scaling.use_gpu, resources_per_worker=None if scaling.use_gpu else {"CPU": scaling.cpus_per_worker}
+            num_workers=scaling.num_workers,
+            use_gpu=scaling.use_gpu,
+            resources_per_worker=None if scaling.use_gpu else {"CPU": scaling.cpus_per_worker},
         ),
         run_config=RunConfig(
             name=name,
@@ -75,7 +77,9 @@ def fit(pipeline: spec.Pipeline, prepared_dir: Path, out: Path, *, sink: MetricS
     metrics: dict[str, Any] = result.metrics or {}
     final = newest_valid(run_dir)
     if final is None or metrics.get("step") != metrics.get("max_steps"):
-        raise TrainError(f"the run ended at step {metrics.get('step')} of {metrics.get('max_steps')} without a usable checkpoint in {run_dir}")
+        raise TrainError(
+            f"the run ended at step {metrics.get('step')} of {metrics.get('max_steps')} without a usable checkpoint in {run_dir}"
+        )
     seconds = time.monotonic() - started
     return TrainResult(
         adapter_dir=extract_adapter(final, out / "adapter"),

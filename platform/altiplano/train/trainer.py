@@ -35,7 +35,9 @@ class NonFiniteLossError(RuntimeError):
 class TokenBudgetTrainer(SFTTrainer):
     """SFTTrainer over a schedule of global steps."""
 
-    def __init__(self, *, examples: Sequence[Example], schedule: Sequence[Step], micro_batch_tokens: int, **arguments: Any) -> None:
+    def __init__(
+        self, *, examples: Sequence[Example], schedule: Sequence[Step], micro_batch_tokens: int, **arguments: Any
+    ) -> None:
         self._examples, self._schedule, self._micro_batch_tokens = examples, schedule, micro_batch_tokens
         self._lengths = [len(example.input_ids) for example in examples]
         sizes = [sum(self._lengths[i] for pack in step for i in pack) for step in schedule]
@@ -85,7 +87,9 @@ class TokenBudgetTrainer(SFTTrainer):
         step = plan_steps(lengths, tokens_per_step=1 << 62, max_length=max(lengths), packing=False, seed=0, epochs=1)[0]
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with torch.no_grad():
-            for micro in shard(step, lengths, rank=rank, world_size=world, micro_batch_tokens=max(max(lengths), self._micro_batch_tokens)):
+            for micro in shard(
+                step, lengths, rank=rank, world_size=world, micro_batch_tokens=max(max(lengths), self._micro_batch_tokens)
+            ):
                 batch = {name: tensor.to(self.args.device) for name, tensor in collate(micro, examples).items()}
                 sums[0] -= self.model(**batch, use_cache=False, fused_lm_head=True).log_probs.sum()
                 sums[1] += (batch["labels"] != -100).sum()
@@ -103,7 +107,10 @@ class TokenBudgetTrainer(SFTTrainer):
             world_size=self.accelerator.num_processes,
             micro_batch_tokens=self._micro_batch_tokens,
         )
-        return {"micro_batches": [collate(micro, self._examples) for micro in shares], "supervised": supervised(step, self._examples)}
+        return {
+            "micro_batches": [collate(micro, self._examples) for micro in shares],
+            "supervised": supervised(step, self._examples),
+        }
 
     def _skip_if_not_finite(self, model: Any) -> None:
         """Drop the gradients of a step that is not finite (all ranks see the same sums); give up after several in a row."""

@@ -1,6 +1,7 @@
 """The sweep as Ray Tune runs it: many trials, some stopped early, the best one's settings as the result."""
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -65,9 +66,9 @@ def sweep(
     trainable = ray.tune.with_resources(_named(partial(run_trial, job=job)), resources)
     watch = _Watch(tune, on_update)
     path = str((out / name).resolve())
-    if Tuner.can_restore(path):
-        tuner = Tuner.restore(path, trainable, resume_unfinished=True, resume_errored=True)
-        tuner._local_tuner._run_config.callbacks = [watch]  # callbacks are not kept by a stored experiment
+    tuner = _restored(path, trainable)
+    if tuner is not None:
+        tuner._local_tuner._run_config.callbacks = [watch]  # a stored experiment keeps nobody watching
     else:
         tuner = Tuner(
             trainable,
@@ -83,6 +84,19 @@ def sweep(
             run_config=RunConfig(name=name, storage_path=str(out.resolve()), callbacks=[watch], verbose=0),
         )
     return _result(tuner.fit(), tune)
+
+
+def _restored(path: str, trainable: Any) -> Tuner | None:
+    """The experiment at `path` as a killed call left it; None when there is none. One that was killed while it was being
+    written holds nothing that could go on: it is removed."""
+    if not Tuner.can_restore(path):
+        return None
+    try:
+        return Tuner.restore(path, trainable, resume_unfinished=True, resume_errored=True)
+    except Exception as error:
+        print(f"the sweep in {path} cannot be restored ({type(error).__name__}: {error}): it starts again", flush=True)
+        shutil.rmtree(path)
+        return None
 
 
 def _scheduler(tune: spec.Tune) -> ASHAScheduler:
@@ -103,6 +117,10 @@ class _Watch(Callback):
     def __init__(self, tune: spec.Tune, on_update: Callable[[list[TrialRow]], None]) -> None:
         self._tune, self._on_update = tune, on_update
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Ray Tune stores callbacks with the experiment; who watches is decided anew by every call.
+        return (_Watch, (self._tune, _nobody))
+
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._tell(trials)
 
@@ -119,12 +137,18 @@ class _Watch(Callback):
         self._on_update([_row(_trial_name(t), t.config, t.last_result or {}, t.status, self._tune) for t in trials])
 
 
+def _nobody(rows: list[TrialRow]) -> None:
+    """Watches nothing."""
+
+
 def _row(name: str, params: dict[str, Any], last: dict[str, Any], status: str, tune: spec.Tune) -> TrialRow:
     tokens = int(last.get("tokens_seen", 0))
     words = {"PENDING": "waiting", "RUNNING": "running", "PAUSED": "waiting", "ERROR": "failed"}
     ended = "finished" if tokens >= tune.scheduler.max_t else "pruned"
     metric = last.get(tune.metric)
-    return TrialRow(name, dict(params), metric if metric is not None and math.isfinite(metric) else None, tokens, words.get(status, ended))
+    return TrialRow(
+        name, dict(params), metric if metric is not None and math.isfinite(metric) else None, tokens, words.get(status, ended)
+    )
 
 
 def _result(grid: ResultGrid, tune: spec.Tune) -> SweepResult:
@@ -132,7 +156,9 @@ def _result(grid: ResultGrid, tune: spec.Tune) -> SweepResult:
     for index in range(len(grid)):
         one = grid[index]
         rows.append(_row(Path(one.path).name, one.config or {}, one.metrics or {}, "ERROR" if one.error else "TERMINATED", tune))
-    ended = [row for row in rows if row.status == "finished" and row.metric is not None] or [row for row in rows if row.metric is not None]
+    ended = [row for row in rows if row.status == "finished" and row.metric is not None] or [
+        row for row in rows if row.metric is not None
+    ]
     if not ended:
         first = next((error for error in grid.errors), None)
         raise SweepError(f"no trial of the sweep finished; the first error: {first}")

@@ -4,15 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from altiplano.engine.adapters import Adapter
+from altiplano.engine.config import LlamaConfig
+from altiplano.engine.weights import Layer, Weights
 from altiplano_kernels.lora.reference import add_lora
 from altiplano_kernels.paged_attention import reference as attention
 from altiplano_kernels.rms_norm.reference import add_rms_norm, rms_norm
 from altiplano_kernels.rope.reference import cos_sin, inverse_frequencies, rotate
 from altiplano_kernels.swiglu.reference import swiglu
-
-from altiplano.engine.adapters import Adapter
-from altiplano.engine.config import LlamaConfig
-from altiplano.engine.weights import Layer, Weights
 
 Pairs = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 

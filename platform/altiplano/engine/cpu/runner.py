@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from altiplano_kernels.sampling import reference as sampling
 
 from altiplano.engine.adapters import Adapter, load_adapter
 from altiplano.engine.config import EngineConfig, read_config
@@ -12,6 +11,7 @@ from altiplano.engine.errors import AdapterError
 from altiplano.engine.runner import Drawn
 from altiplano.engine.scheduler import Chunk, StepPlan
 from altiplano.engine.weights import load_weights, random_weights
+from altiplano_kernels.sampling import reference as sampling
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,7 +35,9 @@ class CpuRunner:
 
     def load_adapter(self, name: str, directory: Path) -> None:
         if name not in self._adapters and len(self._adapters) >= self._config.max_loras:
-            raise AdapterError(f"{len(self._adapters)} adapters are loaded, and max_loras is {self._config.max_loras}: unload one or raise it")
+            raise AdapterError(
+                f"{len(self._adapters)} adapters are loaded, and max_loras is {self._config.max_loras}: unload one or raise it"
+            )
         self._adapters[name] = load_adapter(
             name, directory, self._model_config, self._config.max_lora_rank, self._dtype, self._config.device
         )
@@ -66,7 +68,13 @@ class CpuRunner:
         size = self._config.block_size
         ids = torch.tensor([token for chunk in chunks for token in chunk.tokens])
         positions = torch.tensor([chunk.start + i for chunk in chunks for i in range(len(chunk.tokens))])
-        slots = torch.tensor([chunk.pages[p // size] * size + p % size for chunk in chunks for p in range(chunk.start, chunk.start + len(chunk.tokens))])
+        slots = torch.tensor(
+            [
+                chunk.pages[p // size] * size + p % size
+                for chunk in chunks
+                for p in range(chunk.start, chunk.start + len(chunk.tokens))
+            ]
+        )
         decodes = [chunk for chunk in chunks if len(chunk.tokens) == 1]
         width = max((len(chunk.pages) for chunk in decodes), default=0)
         tables = torch.tensor([chunk.pages + (0,) * (width - len(chunk.pages)) for chunk in decodes], dtype=torch.int64)
@@ -125,7 +133,9 @@ class CpuRunner:
             params = [chunks[i].params for i in rows]
             counts = torch.stack([_counts(chunks[i].history[1], self.vocab_size) for i in rows])  # type: ignore[index]
             prompt = torch.stack([_counts(chunks[i].history[0], self.vocab_size) > 0 for i in rows])  # type: ignore[index]
-            penalties = (torch.tensor([getattr(p, f"{kind}_penalty") for p in params]) for kind in ("presence", "frequency", "repetition"))
+            penalties = (
+                torch.tensor([getattr(p, f"{kind}_penalty") for p in params]) for kind in ("presence", "frequency", "repetition")
+            )
             logits[rows] = sampling.penalize(logits[rows], counts, prompt, *penalties)
         for row, chunk in enumerate(chunks):
             for token, bias in (chunk.params.logit_bias or {}).items():

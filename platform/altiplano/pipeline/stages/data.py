@@ -34,10 +34,14 @@ def _run(context: Context) -> Outputs:
     prepared.save(directory)
     report = prepared.report
     context.tracked.log_params({"rows": len(prepared.train), "eval_rows": len(prepared.eval), "max_length": data.max_length})
-    context.tracked.log_metrics({"data/supervised_fraction": report.supervised_fraction, "data/tokens": float(report.train_tokens)}, step=0)
+    context.tracked.log_metrics(
+        {"data/supervised_fraction": report.supervised_fraction, "data/tokens": float(report.train_tokens)}, step=0
+    )
     for kind, sources in (("training", data.datasets), ("evaluation", data.eval_datasets)):
         count = len(prepared.train if kind == "training" else prepared.eval)
-        context.tracked.log_dataset(name=kind, digest=prepared.digest, source=",".join(s.path for s in sources), rows=count, context=kind)
+        context.tracked.log_dataset(
+            name=kind, digest=prepared.digest, source=",".join(s.path for s in sources), rows=count, context=kind
+        )
     context.tracked.log_dict(report.to_dict(), "audit.json")
     return {
         "prepared_path": str(directory),

@@ -19,9 +19,14 @@ def _inputs(context: Context) -> dict[str, Any]:
 
 def _run(context: Context) -> Outputs:
     settings = context.pipeline.gate
-    scores = {name: Scores(**values) for name, values in json.loads(Path(context.outputs("evaluate")["scores_path"]).read_text()).items()}
+    scores = {
+        name: Scores(**values)
+        for name, values in json.loads(Path(context.outputs("evaluate")["scores_path"]).read_text()).items()
+    }
     comparisons = {
-        rival: compare(scores[CANDIDATE], scores[rival], alpha=settings.alpha, bootstrap_samples=settings.bootstrap_samples, seed=0)
+        rival: compare(
+            scores[CANDIDATE], scores[rival], alpha=settings.alpha, bootstrap_samples=settings.bootstrap_samples, seed=0
+        )
         for rival in (BASE, CHAMPION)
         if rival in scores
     }
@@ -38,7 +43,9 @@ def _run(context: Context) -> Outputs:
         context.tracked.log_artifact(directory / name)
     context.tracked.set_tags({"altiplano.verdict": verdict.decision})
     primary = comparisons[CHAMPION if CHAMPION in comparisons else BASE][settings.primary]
-    context.tracked.log_metrics({"gate/delta": primary.delta, "gate/ci_low": primary.ci_low, "gate/ci_high": primary.ci_high}, step=0)
+    context.tracked.log_metrics(
+        {"gate/delta": primary.delta, "gate/ci_low": primary.ci_low, "gate/ci_high": primary.ci_high}, step=0
+    )
     return {
         "verdict_path": str(directory / "verdict.json"),
         "decision": verdict.decision,

@@ -10,7 +10,11 @@ from altiplano.registry import ModelRegistry
 
 
 def _inputs(context: Context) -> dict[str, Any]:
-    return {"gate": context.records["gate"].digest, "name": context.registered_name, "adapter": context.outputs("train")["adapter_digest"]}
+    return {
+        "gate": context.records["gate"].digest,
+        "name": context.registered_name,
+        "adapter": context.outputs("train")["adapter_digest"],
+    }
 
 
 def _run(context: Context) -> Outputs:

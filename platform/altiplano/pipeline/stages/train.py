@@ -79,7 +79,9 @@ def _params(pipeline: spec.Pipeline) -> dict[str, Any]:
 
 def _summary(outputs: Outputs) -> str:
     first, last = outputs["loss_curve"][0][1], outputs["loss_curve"][-1][1]
-    return f"loss {first:.3f} → {last:.3f}, held-out loss {outputs['eval_loss']:.3f}, {outputs['tokens_per_second']:,.0f} tokens/s"
+    return (
+        f"loss {first:.3f} → {last:.3f}, held-out loss {outputs['eval_loss']:.3f}, {outputs['tokens_per_second']:,.0f} tokens/s"
+    )
 
 
 STAGE = Stage("train", _inputs, _run, _summary)

@@ -24,7 +24,9 @@ class TrialRuns:
     def __call__(self, trial_id: str, params: dict[str, Any]) -> MlflowSink:
         settings = " ".join(f"{name.rsplit('.', 1)[-1]}={_short(value)}" for name, value in params.items())
         tracker = Tracker(self.tracking_uri, self.experiment_name, self.spool_dir)
-        run = tracker.start_run(f"{trial_id} {settings}", "trial", parent_run_id=self.parent_run_id, params=params, tags={"altiplano.trial": trial_id})
+        run = tracker.start_run(
+            f"{trial_id} {settings}", "trial", parent_run_id=self.parent_run_id, params=params, tags={"altiplano.trial": trial_id}
+        )
         return MlflowSink(self.tracking_uri, run.run_id, self.spool_dir)
 
 
@@ -48,8 +50,10 @@ def _run(context: Context) -> Outputs:
 
     def show(rows: list[TrialRow]) -> None:
         running = sum(row.status == "running" for row in rows)
-        done = len(rows) - running
-        context.progress("tune", f"{done} of {pipeline.tune.num_samples} trials done, {running} running", trials=[asdict(r) for r in rows])
+        done = sum(row.status in MLFLOW_STATUS for row in rows)
+        context.progress(
+            "tune", f"{done} of {pipeline.tune.num_samples} trials done, {running} running", trials=[asdict(r) for r in rows]
+        )
 
     result = sweep(
         pipeline,
@@ -59,6 +63,7 @@ def _run(context: Context) -> Outputs:
         on_update=show,
         name=pipeline.run.name,
     )
+    show(result.trials)
     context.tracked.log_params({f"best.{name}": value for name, value in result.best.items()})
     context.tracked.log_metrics({f"best/{pipeline.tune.metric}": result.best_metric}, step=0)
     context.tracked.log_dict([asdict(row) for row in result.trials], "trials.json")

@@ -1,0 +1,125 @@
+"""A Llama's forward pass over rows of a step on the GPU. Products are cuBLAS, all between them Triton."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from altiplano_kernels.embed_norm.kernel import add_norm, embed_rows
+from altiplano_kernels.kv_write.kernel import rope_and_write
+from altiplano_kernels.lora.reference import add_lora
+from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, choose_splits, decode
+from altiplano_kernels.prefill_attention.kernel import prefill
+from altiplano_kernels.rope.reference import cos_sin, inverse_frequencies
+from altiplano_kernels.swiglu.kernel import swiglu
+
+from altiplano.engine.adapters import Adapter
+from altiplano.engine.config import LlamaConfig
+from altiplano.engine.cuda.slots import SlotTable
+from altiplano.engine.weights import Weights
+
+Groups = Sequence[tuple[Adapter, torch.Tensor | None]]
+Attend = Callable[[int, torch.Tensor], torch.Tensor]
+
+
+class CudaLlama:
+    """Weights and paged cache. cache: [layers, blocks, 2, kv_heads, page, head_dim]; scales: [layers, blocks, 2, kv_heads, page] or None."""
+
+    def __init__(
+        self, config: LlamaConfig, weights: Weights, cache: torch.Tensor, scales: torch.Tensor | None, slots: SlotTable, max_batch: int
+    ) -> None:
+        self.config, self.weights, self.cache, self.scales, self.slots = config, weights, cache, scales, slots
+        device = str(cache.device)
+        positions = torch.arange(slots.width * cache.shape[4])
+        frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        self._cos_sin = torch.cat(cos_sin(positions, frequencies), -1).to(device).contiguous()
+        kv_heads = config.num_key_value_heads
+        # The batch whose splits need most room decides.
+        need = max(batch * choose_splits(batch, kv_heads) for batch in range(1, max_batch + 1))
+        self._workspace = DecodeWorkspace(max(need, max_batch), kv_heads, config.head_dim, device, 1)
+
+    def decode_hidden(self, rows: torch.Tensor, groups: Groups = (), pdl: bool = True) -> torch.Tensor:
+        """Last hidden states [rows, hidden] of one token per row, whose slot is in `rows`: int32 [rows]. Capturable."""
+        batch, config = len(rows), self.config
+        positions = torch.empty_like(rows)
+        residual, x = (torch.empty(batch, config.hidden_size, dtype=torch.bfloat16, device=rows.device) for _ in range(2))
+        first, slots = self.weights.layers[0].input_norm, self.slots
+        embed_rows(slots.tokens, slots.positions, rows, self.weights.embedding, first, residual, x, positions, config.rms_norm_eps, pdl)
+        splits = choose_splits(batch, config.num_key_value_heads)
+
+        def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
+            out = torch.empty(batch, config.num_attention_heads * config.head_dim, dtype=torch.bfloat16, device=rows.device)
+            scales = None if self.scales is None else self.scales[layer]
+            return decode(
+                qkv, self.cache[layer], scales, slots.tables, rows, positions, out, self._workspace, config.num_attention_heads, splits, pdl=pdl
+            )
+
+        return self._layers(x, residual, positions, rows, attend, groups, pdl)
+
+    def prefill_hidden(
+        self, ids: torch.Tensor, positions: torch.Tensor, slots_of: torch.Tensor, tiles: torch.Tensor, groups: Groups = ()
+    ) -> torch.Tensor:
+        """Last hidden states [tokens, hidden] of chunks, flat. ids, positions, slots_of: int32 [tokens]; tiles: of `list_tiles`."""
+        config = self.config
+        residual = self.weights.embedding[ids]
+        x = torch.empty_like(residual)
+        nothing = torch.zeros_like(residual)
+        add_norm(nothing, residual, self.weights.layers[0].input_norm, x, config.rms_norm_eps)
+
+        def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
+            out = torch.empty(len(ids), config.num_attention_heads * config.head_dim, dtype=torch.bfloat16, device=ids.device)
+            scales = None if self.scales is None else self.scales[layer]
+            return prefill(qkv, self.cache[layer], scales, self.slots.tables, tiles, out, config.num_attention_heads)
+
+        return self._layers(x, residual, positions, slots_of, attend, groups, False)
+
+    def _layers(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        positions: torch.Tensor,
+        slots_of: torch.Tensor,
+        attend: Attend,
+        groups: Groups,
+        pdl: bool,
+    ) -> torch.Tensor:
+        config, layers = self.config, self.weights.layers
+        heads, eps = config.num_attention_heads, config.rms_norm_eps
+        for index, layer in enumerate(layers):
+            updates = [(adapter.pairs[index], rows) for adapter, rows in groups]
+            qkv = x @ layer.qkv.T
+            self._add_to_qkv(updates, x, qkv)
+            scales = None if self.scales is None else self.scales[index]
+            rope_and_write(qkv, positions, slots_of, self.slots.tables, self._cos_sin, self.cache[index], scales, heads, pdl)
+            mixed = attend(index, qkv)
+            x = mixed @ layer.o.T
+            _add(updates, mixed, {"o_proj": x})
+            add_norm(x, residual, layer.post_norm, x, eps, pdl)
+            gate_up = x @ layer.gate_up.T
+            gate, up = gate_up.chunk(2, dim=-1)
+            _add(updates, x, {"gate_proj": gate, "up_proj": up})
+            wide = swiglu(gate_up, torch.empty_like(gate, memory_format=torch.contiguous_format), pdl)
+            x = wide @ layer.down.T
+            _add(updates, wide, {"down_proj": x})
+            after = layers[index + 1].input_norm if index + 1 < len(layers) else self.weights.norm
+            add_norm(x, residual, after, x, eps, pdl)
+        return x
+
+    def _add_to_qkv(
+        self, updates: Sequence[tuple[Mapping[str, tuple[torch.Tensor, torch.Tensor]], torch.Tensor | None]], x: torch.Tensor, qkv: torch.Tensor
+    ) -> None:
+        if updates:
+            config = self.config
+            q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+            query, key, value = qkv.split((q, kv, kv), dim=-1)
+            _add(updates, x, {"q_proj": query, "k_proj": key, "v_proj": value})
+
+
+def _add(
+    updates: Sequence[tuple[Mapping[str, tuple[torch.Tensor, torch.Tensor]], torch.Tensor | None]],
+    x: torch.Tensor,
+    outs: Mapping[str, torch.Tensor],
+) -> None:
+    """Add each adapter's share to the module outputs, in place."""
+    for pairs, rows in updates:
+        for module, out in outs.items():
+            if module in pairs:
+                add_lora(out, x, *pairs[module], rows)
