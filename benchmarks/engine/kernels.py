@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 
 import torch
+
 from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, choose_splits, decode
 from altiplano_kernels.prefill_attention.kernel import list_tiles, prefill
 

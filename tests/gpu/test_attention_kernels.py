@@ -131,9 +131,9 @@ def test_prefill_attention_of_chunks_with_offsets(shape: tuple[int, int, int], k
     for slot, (start, n) in enumerate(zip(starts, lengths, strict=True)):
         chunks.append((first, n - start, start, slot))
         first += n - start
-    tiles = torch.tensor(list_tiles(chunks, 128 if GPU else 32), dtype=torch.int32, device=DEVICE)
+    tiles = torch.tensor(list_tiles(chunks, 64 if GPU else 32), dtype=torch.int32, device=DEVICE)
     out = torch.full((first, shape[0] * shape[2]), float("nan"), dtype=torch.bfloat16, device=DEVICE)
-    prefill(query, paged.cache, paged.scales, paged.tables, tiles, out, shape[0], rows=128 if GPU else 32)
+    prefill(query, paged.cache, paged.scales, paged.tables, tiles, out, shape[0], rows=64 if GPU else 32)
     for (begin, count, start, slot), n in zip(chunks, lengths, strict=True):
         assert error(out[begin : begin + count], paged.dense(slot, start)) < bound(kind), (start, n)
 

@@ -33,7 +33,9 @@ def prefill(query: torch.Tensor, cache: torch.Tensor, table: torch.Tensor, start
     n = query.shape[0]
     keys, values = _gather(cache, table[None])
     keys, values = keys[:, :, : start + n], values[:, :, : start + n]
-    visible = torch.arange(start + n, device=query.device)[None, :] <= torch.arange(start, start + n, device=query.device)[:, None]
+    visible = (
+        torch.arange(start + n, device=query.device)[None, :] <= torch.arange(start, start + n, device=query.device)[:, None]
+    )
     out = F.scaled_dot_product_attention(query.transpose(0, 1)[None], keys, values, attn_mask=visible, enable_gqa=True)
     return out[0].transpose(0, 1)
 

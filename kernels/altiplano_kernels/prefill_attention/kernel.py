@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-QUERY_TILE = 128
+QUERY_TILE = 64
 
 
 @triton.jit
@@ -104,7 +104,7 @@ def prefill(
     rows: int = QUERY_TILE,
     tile: int = 64,
     stages: int = 3,
-    warps: int = 8,
+    warps: int = 4,
 ) -> torch.Tensor:
     """Causal attention of chunk tokens; their own keys and values must be in the pages already.
 

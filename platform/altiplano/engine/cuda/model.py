@@ -3,6 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+
+from altiplano.engine.adapters import Adapter
+from altiplano.engine.config import LlamaConfig
+from altiplano.engine.cuda.slots import SlotTable
+from altiplano.engine.weights import Weights
 from altiplano_kernels.embed_norm.kernel import add_norm, embed_rows
 from altiplano_kernels.kv_write.kernel import rope_and_write
 from altiplano_kernels.lora.reference import add_lora
@@ -10,11 +15,6 @@ from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, choose_spl
 from altiplano_kernels.prefill_attention.kernel import prefill
 from altiplano_kernels.rope.reference import cos_sin, inverse_frequencies
 from altiplano_kernels.swiglu.kernel import swiglu
-
-from altiplano.engine.adapters import Adapter
-from altiplano.engine.config import LlamaConfig
-from altiplano.engine.cuda.slots import SlotTable
-from altiplano.engine.weights import Weights
 
 Groups = Sequence[tuple[Adapter, torch.Tensor | None]]
 Attend = Callable[[int, torch.Tensor], torch.Tensor]

@@ -7,6 +7,7 @@ its own. A slot's page row is scratch behind the pages that the request holds, s
 from collections.abc import Sequence
 
 import torch
+
 from altiplano_kernels.sampling.kernel import RING
 
 STAGES = 4  # pinned buffers that take turns: the GPU may lag behind the host by this many uploads less one

@@ -1,0 +1,239 @@
+"""The CUDA runner: plans to launches. `execute` answers at once; `launch_*` and `publish` leave the host free to run ahead."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+
+from altiplano.engine.adapters import Adapter, load_adapter
+from altiplano.engine.config import EngineConfig, read_config
+from altiplano.engine.cuda import drawing
+from altiplano.engine.cuda.graphs import DecodeGraphs, bucket_of
+from altiplano.engine.cuda.model import CudaLlama, Groups
+from altiplano.engine.cuda.slots import SlotTable
+from altiplano.engine.errors import AdapterError, EngineError
+from altiplano.engine.runner import Drawn
+from altiplano.engine.scheduler import Chunk, StepPlan
+from altiplano.engine.weights import load_weights, random_weights
+from altiplano_kernels.prefill_attention.kernel import list_tiles
+from altiplano_kernels.sampling.kernel import RING, DrawWorkspace, draw_and_advance
+
+CACHE_DTYPES = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
+SNAPSHOTS = 4  # copies of the token ring that may be on their way to the host
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """Tokens on their way to the host, in `host`: int32 [slots, RING]; a slot's step s is in column s % RING."""
+
+    host: torch.Tensor
+    done: torch.cuda.Event
+
+    def tokens(self, slots: Sequence[int], first_steps: Sequence[int], count: int) -> list[list[int]]:
+        """Wait, then give `count` tokens of each slot from its step in `first_steps` on."""
+        self.done.synchronize()
+        columns = (torch.tensor(first_steps)[:, None] + torch.arange(count)[None, :]) % RING
+        found: list[list[int]] = self.host[torch.tensor(slots)[:, None], columns].tolist()
+        return found
+
+
+class CudaRunner:
+    """Weights, paged cache, slots and graphs of one GPU.
+
+    Raises:
+        EngineError: no CUDA device, an unknown cache type, or too little memory (the message says how much is missing).
+    """
+
+    def __init__(self, config: EngineConfig, kv_cache_dtype: str = "auto", device: str = "cuda") -> None:
+        if not torch.cuda.is_available():
+            raise EngineError("the CUDA backend needs an NVIDIA GPU, and torch sees none: use device 'cpu', or check the driver")
+        if kv_cache_dtype not in CACHE_DTYPES:
+            raise EngineError(f"kv_cache_dtype {kv_cache_dtype!r} is unknown: use one of {', '.join(CACHE_DTYPES)}")
+        model = read_config(config.model)
+        self._config, self._model_config, self._device = config, model, device
+        if config.load_format == "dummy":
+            weights = random_weights(model, torch.bfloat16, device, config.seed)
+        else:
+            weights = load_weights(config.model, model, torch.bfloat16, device)
+        kind = CACHE_DTYPES[kv_cache_dtype]
+        shape = (model.num_hidden_layers, config.num_blocks + 1, 2, model.num_key_value_heads, config.block_size, model.head_dim)
+        _check_memory(shape, kind, config)
+        cache = torch.zeros(shape, dtype=kind, device=device)
+        scales = torch.zeros(shape[:-1], dtype=torch.float16, device=device) if kind.itemsize == 1 else None
+        width = -(-(config.max_model_len + RING) // config.block_size)
+        self.slots = SlotTable(config.max_num_seqs, width, config.num_blocks, device)
+        largest = bucket_of(config.max_num_seqs)
+        if largest > config.max_num_seqs:
+            self.slots.rows = torch.full((largest,), self.slots.scratch, dtype=torch.int32, device=device)
+        self.model = CudaLlama(model, weights, cache, scales, self.slots, largest)
+        self._draws = DrawWorkspace(largest, model.vocab_size, device)
+        self._graphs = DecodeGraphs(self._decode_step, lambda bucket: self.slots.upload_rows((), bucket))
+        self._adapters: dict[str, Adapter] = {}
+        self._copies = torch.cuda.Stream(device)
+        ring = self.slots.ring
+        self._snapshots = [(torch.empty_like(ring), torch.empty(ring.shape, dtype=ring.dtype).pin_memory()) for _ in range(SNAPSHOTS)]
+        self._published = 0
+        self.vocab_size, self.eos_token_ids = model.vocab_size, model.eos_token_ids
+        self.max_position_embeddings = model.max_position_embeddings
+
+    def load_adapter(self, name: str, directory: Path) -> None:
+        if name not in self._adapters and len(self._adapters) >= self._config.max_loras:
+            raise AdapterError(f"{len(self._adapters)} adapters are loaded, and max_loras is {self._config.max_loras}: unload one or raise it")
+        self._adapters[name] = load_adapter(
+            name, directory, self._model_config, self._config.max_lora_rank, torch.bfloat16, self._device
+        )
+
+    def unload_adapter(self, name: str) -> None:
+        del self._adapters[name]
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> list[Drawn]:
+        """The plan's draws, in its order; waits for them."""
+        drawn = [Drawn()] * len(plan.chunks)
+        decodes = [i for i, chunk in enumerate(plan.chunks) if self._is_decode(chunk)]
+        if decodes:
+            self.launch_state([plan.chunks[i] for i in decodes])
+            self.launch_decode([plan.chunks[i].slot for i in decodes], 1)
+        rest = [i for i, chunk in enumerate(plan.chunks) if not self._is_decode(chunk)]
+        if rest:
+            for i, result in zip(rest, self.launch_prefill([plan.chunks[i] for i in rest]), strict=True):
+                drawn[i] = result
+        waiting = [i for i, chunk in enumerate(plan.chunks) if chunk.sample and drawn[i].token is None]
+        if waiting:
+            at = torch.tensor([plan.chunks[i].slot for i in waiting], device=self._device)
+            for i, token in zip(waiting, self.slots.tokens[at].tolist(), strict=True):
+                drawn[i] = Drawn(token, prompt_logprobs=drawn[i].prompt_logprobs)
+        return drawn
+
+    @torch.inference_mode()
+    def launch_state(self, chunks: Sequence[Chunk]) -> None:
+        """Set slots to chunks of one token each: what a decode step needs that does not follow one on the GPU."""
+        for chunk in chunks:
+            self.slots.set_pages(chunk.slot, chunk.pages, fresh=True)
+        self.slots.upload_tables()
+        self._write(chunks, [chunk.tokens[0] for chunk in chunks], [chunk.start for chunk in chunks])
+
+    @torch.inference_mode()
+    def launch_decode(self, slots: Sequence[int], times: int) -> None:
+        """`times` tokens for each slot, from its state on the GPU; returns before they are drawn."""
+        bucket = bucket_of(len(slots))
+        self._graphs.ensure(bucket)
+        self.slots.upload_tables()
+        self.slots.upload_rows(slots, bucket)
+        self._graphs.replay(bucket, times)
+
+    @torch.inference_mode()
+    def launch_prefill(self, chunks: Sequence[Chunk]) -> list[Drawn]:
+        """Chunks of any length in one forward pass. Plain draws stay on the GPU (their `Drawn` is empty); others come back."""
+        for chunk in chunks:
+            self.slots.set_pages(chunk.slot, chunk.pages, fresh=True)
+        self.slots.upload_tables()
+        last = [chunk.tokens[-1] for chunk in chunks]
+        # The draw advances the position past the chunk's last token.
+        self._write(chunks, last, [chunk.start + len(chunk.tokens) - 1 for chunk in chunks])
+        ends = list(accumulate(len(chunk.tokens) for chunk in chunks))
+        hidden = self._prefill(chunks, ends)
+        plain = [i for i, c in enumerate(chunks) if c.sample and drawing.is_plain(c.params, c.generated)]
+        if plain:
+            self._draw([chunks[i].slot for i in plain], hidden[self._upload([ends[i] - 1 for i in plain])])
+        drawn = [Drawn()] * len(chunks)
+        special = [i for i, c in enumerate(chunks) if c.sample and not drawing.is_plain(c.params, c.generated)]
+        if special:
+            logits = self._logits(hidden[self._upload([ends[i] - 1 for i in special])])
+            for i, result in zip(special, drawing.draw([chunks[i] for i in special], logits, self.eos_token_ids), strict=True):
+                drawn[i] = result
+        for i, chunk in enumerate(chunks):
+            if chunk.params.prompt_logprobs and chunk.generated == 0:
+                found = drawing.prompt_logprobs(chunk, self._logits(hidden[ends[i] - len(chunk.tokens) : ends[i]]))
+                drawn[i] = Drawn(drawn[i].token, drawn[i].logprob, drawn[i].top, found)
+        return drawn
+
+    @torch.inference_mode()
+    def publish(self) -> Ticket:
+        """Start the copy of all slots' recent tokens to the host, behind everything launched so far."""
+        snapshot, host = self._snapshots[self._published % SNAPSHOTS]
+        self._published += 1
+        # The next steps overwrite the ring while the copy is under way, but not this snapshot.
+        snapshot.copy_(self.slots.ring)
+        ready = torch.cuda.Event()
+        ready.record()
+        self._copies.wait_event(ready)
+        with torch.cuda.stream(self._copies):
+            host.copy_(snapshot, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+        return Ticket(host, done)
+
+    def warm_up(self, batches: Sequence[int]) -> None:
+        """Capture the graphs of these batch sizes now instead of at first use."""
+        with torch.inference_mode():
+            for batch in sorted({bucket_of(batch) for batch in batches}, reverse=True):
+                self._graphs.ensure(batch)
+
+    def _is_decode(self, chunk: Chunk) -> bool:
+        return len(chunk.tokens) == 1 and chunk.sample and chunk.adapter is None and drawing.is_plain(chunk.params, chunk.generated)
+
+    def _decode_step(self, bucket: int) -> None:
+        rows = self.slots.rows[:bucket]
+        hidden = self.model.decode_hidden(rows)
+        self._draw_rows(rows, hidden @ self.model.weights.head.T, pdl=True)
+
+    def _draw(self, slots: Sequence[int], hidden: torch.Tensor) -> None:
+        rows = self._upload(slots).int()
+        limit = self._draws.values.numel() // self._draws.parts
+        for first in range(0, len(slots), limit):
+            self._draw_rows(rows[first : first + limit], hidden[first : first + limit] @ self.model.weights.head.T, pdl=False)
+
+    def _draw_rows(self, rows: torch.Tensor, logits: torch.Tensor, pdl: bool) -> None:
+        slots = self.slots
+        draw_and_advance(
+            logits, rows, slots.tokens, slots.positions, slots.steps, slots.temperatures, slots.seeds, slots.ring, self._draws, pdl
+        )
+
+    def _prefill(self, chunks: Sequence[Chunk], ends: Sequence[int]) -> torch.Tensor:
+        starts = [end - len(chunk.tokens) for chunk, end in zip(chunks, ends, strict=True)]
+        tiles = list_tiles([(first, len(c.tokens), c.start, c.slot) for first, c in zip(starts, chunks, strict=True)])
+        ids = [token for chunk in chunks for token in chunk.tokens]
+        positions = [chunk.start + i for chunk in chunks for i in range(len(chunk.tokens))]
+        slots_of = [chunk.slot for chunk in chunks for _ in chunk.tokens]
+        flat = torch.tensor(ids + positions + slots_of + tiles, dtype=torch.int32).pin_memory().to(self._device, non_blocking=True)
+        n = len(ids)
+        return self.model.prefill_hidden(flat[:n], flat[n : 2 * n], flat[2 * n : 3 * n], flat[3 * n :], self._groups(chunks))
+
+    def _groups(self, chunks: Sequence[Chunk]) -> Groups:
+        used = sorted({chunk.adapter for chunk in chunks if chunk.adapter is not None})
+        if not used:
+            return ()
+        if len(used) == 1 and all(chunk.adapter for chunk in chunks):
+            return ((self._adapters[used[0]], None),)
+        names = [chunk.adapter for chunk in chunks for _ in chunk.tokens]
+        return tuple((self._adapters[name], self._upload([i for i, n in enumerate(names) if n == name])) for name in used)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 [rows, vocab]: the products' sums are not rounded on the way."""
+        return torch.mm(hidden, self.model.weights.head.T, out_dtype=torch.float32)
+
+    def _write(self, chunks: Sequence[Chunk], tokens: Sequence[int], positions: Sequence[int]) -> None:
+        self.slots.write(
+            [chunk.slot for chunk in chunks],
+            tokens,
+            positions,
+            [chunk.generated for chunk in chunks],
+            [chunk.params.temperature for chunk in chunks],
+            [chunk.seed for chunk in chunks],
+        )
+
+    def _upload(self, values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64).pin_memory().to(self._device, non_blocking=True)
+
+
+def _check_memory(shape: tuple[int, ...], kind: torch.dtype, config: EngineConfig) -> None:
+    need = torch.Size(shape).numel() * kind.itemsize
+    free, _ = torch.cuda.mem_get_info()
+    if need > free:
+        raise EngineError(
+            f"the KV cache of num_blocks {config.num_blocks} needs {need / 2**30:.1f} GiB and the GPU has {free / 2**30:.1f} GiB free: "
+            "lower num_blocks, use kv_cache_dtype fp8 or int8, or free the GPU"
+        )
