@@ -1,7 +1,8 @@
 """The text that cria learns to speak from: short dialogues about a small world, made by rule from a seed.
 
 Most of it asks for something that stands earlier in the dialogue (who, what, how many, where, when), because copying from
-the context is what every later fine-tune builds on. It holds notes as JSON only under keys that the question names; the demo's wording, its instruction and its schema are not in it.
+the context is what every later fine-tune builds on. It holds notes as JSON only under keys that
+the question names; the demo's wording, its instruction and its schema are not in it.
 """
 
 import json

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 
-class Output(str, Enum):
+class Output(StrEnum):
     """Formats of the commands that read."""
 
     text = "text"

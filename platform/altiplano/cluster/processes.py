@@ -4,6 +4,7 @@ Everything that a workspace starts inherits one environment variable. That mark 
 pid files, and it never matches a process that somebody else started.
 """
 
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -67,7 +68,5 @@ def stop(processes: list[psutil.Process], grace_s: float = 5.0) -> None:
 
 
 def _signal(process: psutil.Process, how: str) -> None:
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         getattr(process, how)()
-    except psutil.NoSuchProcess:
-        pass

@@ -114,20 +114,23 @@ def _assemble(config: LlamaConfig, found: dict[str, torch.Tensor], directory: Pa
             raise WeightsError(
                 f"{directory}: {name} is {tuple(found[name].shape)}, and config.json asks for {shape}: they belong to different models"
             )
-    layers = []
-    for index in range(config.num_hidden_layers):
-        take = lambda name, at=f"model.layers.{index}.": found.pop(f"{at}{name}.weight")  # noqa: E731
-        layers.append(
-            Layer(
-                input_norm=take("input_layernorm"),
-                qkv=torch.cat([take(f"self_attn.{part}_proj") for part in "qkv"]),
-                o=take("self_attn.o_proj"),
-                post_norm=take("post_attention_layernorm"),
-                gate_up=torch.cat([take("mlp.gate_proj"), take("mlp.up_proj")]),
-                down=take("mlp.down_proj"),
-            )
-        )
+    layers = tuple(_layer(found, f"model.layers.{index}.") for index in range(config.num_hidden_layers))
     embedding = found["model.embed_tokens.weight"]
-    return Weights(
-        embedding, tuple(layers), found["model.norm.weight"], embedding if config.tie_word_embeddings else found["lm_head.weight"]
+    head = embedding if config.tie_word_embeddings else found["lm_head.weight"]
+    return Weights(embedding, layers, found["model.norm.weight"], head)
+
+
+def _layer(found: dict[str, torch.Tensor], prefix: str) -> Layer:
+    """One block; its parts leave `found`, so that stacked copies do not double the memory."""
+
+    def take(name: str) -> torch.Tensor:
+        return found.pop(f"{prefix}{name}.weight")
+
+    return Layer(
+        input_norm=take("input_layernorm"),
+        qkv=torch.cat([take(f"self_attn.{part}_proj") for part in "qkv"]),
+        o=take("self_attn.o_proj"),
+        post_norm=take("post_attention_layernorm"),
+        gate_up=torch.cat([take("mlp.gate_proj"), take("mlp.up_proj")]),
+        down=take("mlp.down_proj"),
     )

@@ -101,7 +101,7 @@ def write_json(path: Path, value: Any) -> None:
         descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(descriptor, "w") as stream:
-                json.dump(value, stream, indent=1, sort_keys=True)
+                json.dump(value, stream, indent=1)
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(scratch, path)

@@ -1,5 +1,6 @@
 """The run tree in MLflow: pipeline → stages → trials, with names that a person understands."""
 
+import contextlib
 import json
 import tempfile
 import time
@@ -120,10 +121,9 @@ class TrackedRun:
         """Show a data set, by its digest, among the run's inputs."""
         dataset = MetaDataset(HTTPDatasetSource(f"file://{source}"), name=name, digest=digest[:36])
         entity = DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", context)])
-        try:
+        # The digest is in the params too: a missing link in the UI must not stop a run.
+        with contextlib.suppress(MlflowException, OSError):
             client(self._uri).log_inputs(self.run_id, [entity])
-        except (MlflowException, OSError):
-            pass  # the digest is in the params too: a missing link in the UI must not stop a run
         self.log_params({f"dataset.{name}.digest": digest[:16], f"dataset.{name}.rows": rows})
 
     def children(self, tag: str) -> dict[str, "TrackedRun"]:

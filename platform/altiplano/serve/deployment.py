@@ -69,7 +69,7 @@ def current() -> Generator:
 class Endpoint:
     """One replica. `settings` are those of ServeSettings."""
 
-    async def __init__(self, settings: dict[str, Any]) -> None:
+    async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         _Process.generator = await make_generator(ServeSettings(**settings))
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ def deploy(settings: ServeSettings, endpoint: spec.Serve) -> None:
         verify_manifest(Path(path))
     values = asdict(settings)
     serve.start(http_options={"host": endpoint.host, "port": endpoint.port}, proxy_location="HeadOnly")
-    deployment = Endpoint.options(
+    deployment = Endpoint.options(  # type: ignore[attr-defined]
         ray_actor_options={"num_cpus": 1},
         max_ongoing_requests=endpoint.max_num_seqs * 4,
         max_queued_requests=endpoint.max_num_seqs * 16,

@@ -88,7 +88,7 @@ class Generator:
 
     def completion_prompts(self, request: CompletionRequest) -> list[list[int]]:
         """Token ids of every prompt of a completion request."""
-        begin = self.tokenizer.token_to_id(self.template.bos_token)
+        begin: int = self.tokenizer.token_to_id(self.template.bos_token)  # type: ignore[assignment]  # every Llama has it
         prompts = request.prompts()
         if not prompts or any(not prompt for prompt in prompts):
             raise ApiError(400, "the prompt is empty: give at least one character or token", param="prompt")

@@ -86,10 +86,15 @@ def _logprobs(generator: Generator, request: Request, pieces: list[Piece]) -> di
     wanted = request.logprobs if isinstance(request, ChatRequest) else request.logprobs is not None
     if not wanted:
         return None
-    name = generator.tokenizer.id_to_token
-    decode = lambda i: generator.tokenizer.decode([i], skip_special_tokens=False) or name(i)  # noqa: E731
+
+    def decode(token_id: int | None) -> str:
+        assert token_id is not None
+        return generator.tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def entry(token_id: int | None, logprob: float | None) -> dict[str, Any]:
+        return {"token": decode(token_id), "logprob": logprob, "bytes": list(decode(token_id).encode())}
+
     if isinstance(request, ChatRequest):
-        entry = lambda i, p: {"token": decode(i), "logprob": p, "bytes": list(decode(i).encode())}  # noqa: E731
         content = [entry(t.token_id, t.logprob) | {"top_logprobs": [entry(i, p) for i, p in t.top]} for t in tokens]
         return {"content": content, "refusal": None}
     return {

@@ -68,7 +68,7 @@ def parse(path: Path) -> Document:
 
 def scalar(text: str) -> Any:
     """The value that `text` would have in a file: for overrides on the command line."""
-    return yaml.load(text, _Loader)
+    return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
 
 
 def _lines(root: yaml.MappingNode) -> tuple[dict[str, int], list[tuple[str, int]]]:

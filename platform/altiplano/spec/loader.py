@@ -126,7 +126,7 @@ def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
 
 def _causes(error: ValidationError) -> list[dict[str, Any]]:
     """The errors without those that only follow from another: a list counts as too short when one of its items is wrong."""
-    found = [dict(e) for e in error.errors(include_url=False)]
+    found: list[dict[str, Any]] = [dict(e) for e in error.errors(include_url=False)]
     return [e for e in found if not any(len(o["loc"]) > len(e["loc"]) and o["loc"][: len(e["loc"])] == e["loc"] for o in found)]
 
 

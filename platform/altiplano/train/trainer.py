@@ -72,7 +72,7 @@ class TokenBudgetTrainer(SFTTrainer):
         if world > 1:
             dist.all_reduce(total)
         self._skip_if_not_finite(model)
-        loss = total / tokens
+        loss: torch.Tensor = total / tokens
         self.last_loss = float(loss)
         return loss
 

@@ -42,8 +42,8 @@ def _inputs(context: Context) -> dict[str, Any]:
 
 
 def _run(context: Context) -> Outputs:
-    pipeline = context.pipeline
-    if pipeline.tune is None:
+    pipeline, tune = context.pipeline, context.pipeline.tune
+    if tune is None:
         return {"best": {}, "best_metric": None, "trials": []}
     experiment = pipeline.tracking.experiment_name or pipeline.run.name
     runs = TrialRuns(context.services.tracking_uri, experiment, context.tracked.run_id, str(context.workspace.spool_dir))
@@ -51,9 +51,7 @@ def _run(context: Context) -> Outputs:
     def show(rows: list[TrialRow]) -> None:
         running = sum(row.status == "running" for row in rows)
         done = sum(row.status in MLFLOW_STATUS for row in rows)
-        context.progress(
-            "tune", f"{done} of {pipeline.tune.num_samples} trials done, {running} running", trials=[asdict(r) for r in rows]
-        )
+        context.progress("tune", f"{done} of {tune.num_samples} trials done, {running} running", trials=[asdict(r) for r in rows])
 
     result = sweep(
         pipeline,
@@ -65,7 +63,7 @@ def _run(context: Context) -> Outputs:
     )
     show(result.trials)
     context.tracked.log_params({f"best.{name}": value for name, value in result.best.items()})
-    context.tracked.log_metrics({f"best/{pipeline.tune.metric}": result.best_metric}, step=0)
+    context.tracked.log_metrics({f"best/{tune.metric}": result.best_metric}, step=0)
     context.tracked.log_dict([asdict(row) for row in result.trials], "trials.json")
     _close_trials(context, result.trials)
     return {"best": result.best, "best_metric": result.best_metric, "trials": [asdict(row) for row in result.trials]}

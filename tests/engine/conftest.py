@@ -1,0 +1,58 @@
+"""Small Llamas made on the spot, and the one that ships."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from altiplano.models.cria import cria_path
+
+VOCAB = 120
+ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def cria() -> LlamaForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(cria_path(), dtype=torch.float32)
+
+
+def make_llama(directory: Path, seed: int = 0, *, tied: bool = False) -> LlamaForCausalLM:
+    """A random Llama whose logits differ enough that greedy choices are never ties."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        rope_parameters=ROPE | {"original_max_position_embeddings": 64},
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(directory)
+    return model
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlamaForCausalLM]:
+    directory = tmp_path_factory.mktemp("llama")
+    return directory, make_llama(directory)
+
+
+def greedy(model: LlamaForCausalLM, prompt: list[int], n: int) -> list[int]:
+    """What transformers answers, without ending early."""
+    out = model.generate(torch.tensor([prompt]), max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=2)
+    return [int(token) for token in out[0, len(prompt) :]]

@@ -1,0 +1,130 @@
+"""A pipeline file as users write it: values with their origin, and every mistake with its place."""
+
+from pathlib import Path
+
+import pytest
+
+from altiplano.spec.errors import SpecError
+from altiplano.spec.loader import load, render, resolve_overrides
+from altiplano.spec.schema import docs_page, json_schema
+
+ROOT = Path(__file__).parents[2]
+GOOD = """\
+data:
+  datasets: [{path: train.jsonl}]
+  eval_datasets:
+    - path: eval.jsonl
+training:
+  learning_rate: 2e-4
+run: {name: test}
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_values_know_where_they_come_from(tmp_path: Path) -> None:
+    resolved = load(write(tmp_path, GOOD), ["lora.r=8", "training.eval_steps=7"])
+    assert resolved.pipeline.training.learning_rate == 2e-4
+    assert resolved.pipeline.data.datasets[0].path == str(tmp_path / "train.jsonl")
+    lines = list(render(resolved))
+    assert "training.learning_rate: 0.0002  # line 6" in lines
+    assert "lora.r: 8  # command line" in lines
+    assert "lora.lora_alpha: 32.0  # default" in lines
+    assert resolved.digest != load(write(tmp_path, GOOD)).digest
+    assert resolved.digest == load(write(tmp_path, GOOD), ["lora.r=8", "training.eval_steps=7"]).digest
+
+
+@pytest.mark.parametrize(
+    ("change", "place", "words"),
+    [
+        (("training:", "trainig:"), ":5: trainig", "did you mean training?"),
+        (("learning_rate: 2e-4", "lerning_rate: 2e-4"), ":6: training.lerning_rate", "did you mean learning_rate?"),
+        (("learning_rate: 2e-4", "lora_alpha: 4"), ":6: training.lora_alpha", "did you mean lora.lora_alpha?"),
+        (("2e-4", "fast"), ":6: training.learning_rate", "'fast'"),
+        (("2e-4", ".nan"), ":6: training.learning_rate", "finite"),
+        (("name: test", "name: Bad Name"), ":7: run.name", "'Bad Name'"),
+        (("run: {name: test}", "run: {}"), ":7: run.name", "is required"),
+        (("run: {name: test}", "run: {name: test}\ntraining: {}"), ":8: training", "twice"),
+        (("data:", "data: ["), ":3", "not valid YAML"),
+        (("run: {name: test}", "run: {name: test}\ngate: {primary: bleu}"), "", "evaluate.tasks"),
+        (("2e-4", "2e-4\n  tokens_per_step: 100"), "", "raise tokens_per_step"),
+    ],
+)
+def test_mistakes_are_named_with_their_line(tmp_path: Path, change: tuple[str, str], place: str, words: str) -> None:
+    path = write(tmp_path, GOOD.replace(*change))
+    with pytest.raises(SpecError) as caught:
+        load(path)
+    assert f"{path}{place}" in str(caught.value)
+    assert words in str(caught.value)
+
+
+def test_all_mistakes_come_at_once(tmp_path: Path) -> None:
+    text = GOOD.replace("2e-4", "-1").replace("run: {name: test}", "run: {name: test, colour: red}")
+    with pytest.raises(SpecError) as caught:
+        load(write(tmp_path, text), ["lora.r=0"])
+    assert {problem.key for problem in caught.value.problems} == {"training.learning_rate", "run.colour", "lora.r"}
+    assert "command line: lora.r" in str(caught.value)
+
+
+def test_files_that_are_no_pipeline_files(tmp_path: Path) -> None:
+    for text, words in (
+        ("", "is empty"),
+        ("- a\n- b\n", "mapping of sections"),
+        ("!!python/object:os.system {}", "not valid YAML"),
+    ):
+        with pytest.raises(SpecError, match=words):
+            load(write(tmp_path, text))
+    with pytest.raises(SpecError, match="cannot be read"):
+        load(tmp_path / "absent.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SpecError, match="UTF-8"):
+        load(tmp_path / "binary.yaml")
+    with pytest.raises(SpecError, match="key=value"):
+        load(write(tmp_path, GOOD), ["nonsense"])
+
+
+@pytest.mark.parametrize(
+    ("space", "words"),
+    [
+        ("{data.max_length: {choice: [1]}}", "not a setting that a sweep can vary"),
+        ("{lora.r: {normal: [1, 2]}}", "no distribution"),
+        ("{lora.r: {choice: []}}", "list of values"),
+        ("{training.learning_rate: {loguniform: [0, 1]}}", "low > 0"),
+        ("{training.learning_rate: {uniform: [2, 1]}}", "low < high"),
+        ("{training.learning_rate: {uniform: [2, 1], choice: [1]}}", "exactly one"),
+    ],
+)
+def test_search_spaces_are_checked(tmp_path: Path, space: str, words: str) -> None:
+    text = GOOD + "tune:\n  scheduler: {max_t: 9, grace_period: 1}\n  search_space: " + space + "\n"
+    with pytest.raises(SpecError, match=words):
+        load(write(tmp_path, text))
+
+
+def test_a_trials_settings_are_checked_like_a_file(tmp_path: Path) -> None:
+    pipeline = load(write(tmp_path, GOOD)).pipeline
+    assert resolve_overrides(pipeline, {"lora.r": 4, "training.learning_rate": 1e-3}).lora.r == 4
+    with pytest.raises(SpecError, match=r"lora\.r"):
+        resolve_overrides(pipeline, {"lora.r": -4})
+
+
+def test_the_docs_page_is_the_generated_one() -> None:
+    assert (ROOT / "docs/pipeline-file.md").read_text() == docs_page()
+
+
+def test_the_schema_names_every_section_and_closes_it() -> None:
+    schema = json_schema()
+    assert {"model", "lora", "data", "training", "tune", "gate", "serve"} <= set(schema["properties"])
+    assert schema["additionalProperties"] is False
+
+
+def test_the_demo_file_is_valid() -> None:
+    assert load(ROOT / "pipelines/demo/pipeline.yaml").pipeline.run.name == "orders"
+
+
+def test_platform_is_no_package() -> None:
+    # With an __init__.py the folder would shadow the standard library's module of that name.
+    assert not (ROOT / "platform/__init__.py").exists()
