@@ -30,13 +30,8 @@ for group in (runs, files, models, chat, servers):
 
 def main() -> None:
     """Entry point of the console script."""
-    from altiplano.spec.errors import SpecError
-
     try:
         app()
-    except SpecError as error:
-        problem(str(error))
-        sys.exit(2)
     except (ValueError, FileNotFoundError) as error:
         problem(str(error))
         sys.exit(2)

@@ -113,5 +113,7 @@ def _in_this_process(pipeline: "spec.Pipeline", workspace: "Workspace") -> int:
     from altiplano.pipeline import driver
     from altiplano.pipeline.events import EventLog
 
+    narrator = view.Narrator(EventLog(workspace.events_file))
     with workspace.locked():
-        return driver.run(pipeline, workspace, view.Narrator(EventLog(workspace.events_file)))
+        code = driver.run(pipeline, workspace, narrator)
+    return view.conclude(workspace, code, narrator.error)

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -121,6 +120,11 @@ class Narrator(EventLog):
     def __init__(self, log: EventLog) -> None:
         self._log, self._screen = log, Screen()
 
+    @property
+    def error(self) -> str | None:
+        """Why the run ended, if not by itself."""
+        return self._screen.error
+
     def emit(self, kind: str, **fields: Any) -> None:
         self._log.emit(kind, **fields)
         for line in self._screen.take({"kind": kind, **fields}):
@@ -158,8 +162,3 @@ def show(summary: dict[str, Any]) -> None:
 
 def _number(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def log_tail(path: Path, lines: int = 20) -> str:
-    """The end of a log file, for error messages."""
-    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else ""

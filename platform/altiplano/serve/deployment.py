@@ -32,12 +32,7 @@ async def make_generator(settings: ServeSettings) -> Generator:
         DeployError: the adapters were trained with another prompt format than this endpoint writes.
         RuntimeError: the engine did not start.
     """
-    template = ChatTemplate(settings.date_string)
-    if settings.template_digest is not None and settings.template_digest != template.digest:
-        raise DeployError(
-            "the adapters were trained with another chat template or date than this endpoint writes (the digests differ): "
-            "set data.date_string as in training, or train again"
-        )
+    template = _checked_template(settings)
     client = EngineClient(settings)
     await client.start()
     for name, path in settings.adapters.items():
@@ -99,7 +94,9 @@ def deploy(settings: ServeSettings, endpoint: spec.Serve) -> None:
     """
     for path in settings.adapters.values():
         verify_manifest(Path(path))
-    values = asdict(settings)
+    _checked_template(settings)
+    # Adapters and aliases go through user_config: a change of those alone needs no new replica where Serve is driven by config.
+    fixed = asdict(settings) | {"adapters": {}, "aliases": {}}
     serve.start(http_options={"host": endpoint.host, "port": endpoint.port}, proxy_location="HeadOnly")
     deployment = Endpoint.options(  # type: ignore[attr-defined]
         ray_actor_options={"num_cpus": 1},
@@ -110,13 +107,28 @@ def deploy(settings: ServeSettings, endpoint: spec.Serve) -> None:
         health_check_timeout_s=HEALTH_TIMEOUT_S + 10,
     )
     try:
-        serve.run(deployment.bind(values), name=APPLICATION, route_prefix="/")
+        serve.run(deployment.bind(fixed), name=APPLICATION, route_prefix="/")
     except RuntimeError as error:
         status = serve.status().applications.get(APPLICATION)
-        raise DeployError(f"the endpoint did not come up: {status.message if status else error}") from error
+        raise DeployError(f"the endpoint did not come up: {_why(status) or error}") from error
     status = serve.status().applications[APPLICATION]
     if status.status != ApplicationStatus.RUNNING:
         raise DeployError(f"the endpoint is {status.status}: {status.message}")
+
+
+def _checked_template(settings: ServeSettings) -> ChatTemplate:
+    template = ChatTemplate(settings.date_string)
+    if settings.template_digest is not None and settings.template_digest != template.digest:
+        raise DeployError(
+            "the adapters were trained with another chat template or date than this endpoint writes (the digests differ): "
+            "set data.date_string as in training, or train again"
+        )
+    return template
+
+
+def _why(status: Any) -> str:
+    """What Serve says about an application and its deployments."""
+    return "" if status is None else "; ".join(filter(None, (status.message, *(d.message for d in status.deployments.values()))))
 
 
 def undeploy() -> None:

@@ -1,0 +1,91 @@
+"""An endpoint as users meet it: uvicorn on a free port, the real engine process, cria and an adapter behind it."""
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import uvicorn
+from openai import OpenAI
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from altiplano.data.templates import ChatTemplate
+from altiplano.models.cria import cria_path
+from altiplano.models.manifest import write_manifest
+from altiplano.serve.app import create_app
+from altiplano.serve.deployment import make_generator
+from altiplano.serve.generation import Generator
+from altiplano.serve.settings import ServeSettings
+
+
+def make_adapter(directory: Path, seed: int) -> Path:
+    """An adapter for cria that changes what it says."""
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_pretrained(cria_path(), dtype=torch.float32)
+    settings = LoraConfig(r=4, lora_alpha=64, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(base, settings).save_pretrained(directory)
+    (directory / "README.md").unlink(missing_ok=True)
+    write_manifest(directory)
+    return directory
+
+
+def settings(adapter: Path) -> ServeSettings:
+    return ServeSettings(
+        model_path=str(cria_path()),
+        served_model_name="cria",
+        adapters={"orders-1": str(adapter)},
+        aliases={"champion": "orders-1"},
+        template_digest=ChatTemplate().digest,
+        max_model_len=512,
+        kv_cache_tokens=8192,
+        max_num_seqs=16,
+    )
+
+
+class Server:
+    """uvicorn in a thread with an event loop of its own; `run` executes a coroutine there."""
+
+    def __init__(self, wanted: ServeSettings) -> None:
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        self.generator: Generator = self.run(make_generator(wanted))
+        sock = socket.socket()
+        sock.bind(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        config = uvicorn.Config(create_app(lambda: self.generator), log_level="error", lifespan="off")
+        self._uvicorn = uvicorn.Server(config)
+        self._serving = asyncio.run_coroutine_threadsafe(self._uvicorn.serve([sock]), self.loop)
+        self._sock = sock
+
+    def run(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout=120)
+
+    def close(self) -> None:
+        self._uvicorn.should_exit = True
+        self._serving.result(timeout=60)
+        self.run(self.generator.client.stop())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._sock.close()
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(tmp_path_factory.mktemp("adapter"), seed=1)
+
+
+@pytest.fixture(scope="module")
+def server(adapter: Path) -> Iterator[Server]:
+    made = Server(settings(adapter))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as made:
+        yield made
