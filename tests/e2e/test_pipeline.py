@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from altiplano.registry import ModelRegistry
 from .conftest import write_pipeline
 
 ALTIPLANO = [sys.executable, "-m", "altiplano.cli"]
+POLL = threading.Event()  # never set: gives the processor away between two looks at the file
 STAGES = ["data", "tune", "train", "evaluate", "gate", "register", "deploy"]
 
 
@@ -40,6 +42,7 @@ def kill_driver_at(events: Path, run: "subprocess.Popen[bytes]", stage: str) -> 
         if any(event["kind"] == "stage_started" and event["stage"] == stage for event in found):
             break
         assert run.poll() is None, f"the run ended before {stage}"
+        POLL.wait(0.05)
     lock = (events.parents[1] / "pipeline.lock").read_text()
     os.kill(int(lock.split("pid ")[1].rstrip(")")), signal.SIGKILL)
     run.wait(timeout=60)

@@ -1,0 +1,74 @@
+"""One process: adapters of every kind learn, bad numbers are survived, the learning rate follows its schedule."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from altiplano.data import Prepared
+from altiplano.train.trainer import NonFiniteLossError, build_trainer
+
+from .conftest import Nowhere, pipeline
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+PreparedData = tuple[Path, Prepared]
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"lora": {"use_rslora": True}},
+        {"lora": {"use_dora": True}},
+        {"data": {"packing": False}},
+        {"training": {"gradient_checkpointing": True}},
+        {"model": {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"}},
+    ],
+    ids=["lora", "rslora", "dora", "unpacked", "checkpointing", "qlora-nf4"],
+)
+def test_the_loss_falls(rows: Path, prepared: PreparedData, tmp_path: Path, sections: dict[str, Any]) -> None:
+    trainer = build_trainer(pipeline(rows, **sections), prepared[1].train, tmp_path, Nowhere())
+    before = trainer.held_out_loss(prepared[1].eval)
+    trainer.train()
+    assert trainer.held_out_loss(prepared[1].eval) < before - 0.5
+    assert trainer.tokens_seen == sum(len(example.input_ids) for example in prepared[1].train)
+
+
+def test_micro_batches_do_not_change_the_step(rows: Path, prepared: PreparedData, tmp_path: Path) -> None:
+    losses = []
+    for micro in (128, 4096):
+        trainer = build_trainer(
+            pipeline(rows, training={"micro_batch_tokens": micro}), prepared[1].train, tmp_path / str(micro), Nowhere()
+        )
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+class Poison(TrainerCallback):
+    """Makes the gradients of some steps infinite, through the weights of the adapter."""
+
+    def __init__(self, steps: set[int]) -> None:
+        self._steps, self._saved = steps, dict[str, torch.Tensor]()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        name, weight = next((n, p) for n, p in model.named_parameters() if "lora_A" in n)
+        if state.global_step in self._steps:
+            self._saved[name] = weight.data.clone()
+            weight.data.fill_(float("nan"))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        for name, weight in model.named_parameters():
+            if name in self._saved:
+                weight.data.copy_(self._saved.pop(name))
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_three_end_the_run(rows: Path, prepared: PreparedData, tmp_path: Path) -> None:
+    trainer = build_trainer(pipeline(rows), prepared[1].train, tmp_path / "a", Nowhere(), callbacks=[Poison({2, 3})])
+    trainer.train()
+    assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
+    trainer = build_trainer(pipeline(rows), prepared[1].train, tmp_path / "b", Nowhere(), callbacks=[Poison({1, 2, 3})])
+    with pytest.raises(NonFiniteLossError, match="learning_rate"):
+        trainer.train()

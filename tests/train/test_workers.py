@@ -1,0 +1,87 @@
+"""Ray Train: the same run for any number of workers, with workers that die and checkpoints that are damaged."""
+
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+
+from altiplano.data import Prepared
+from altiplano.models.manifest import verify_manifest
+from altiplano.train import TrainResult, fit
+from altiplano.train.checkpoint import newest_valid
+
+from .conftest import Nowhere, pipeline
+
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::ResourceWarning"
+    ),
+    pytest.mark.timeout(400),
+]
+PreparedData = tuple[Path, Prepared]
+
+
+def run(rows: Path, prepared: PreparedData, out: Path, workers: int) -> TrainResult:
+    return fit(
+        pipeline(rows, scaling={"num_workers": workers}, training={"num_train_epochs": 2}),
+        prepared[0],
+        out,
+        sink=Nowhere(),
+        name="test",
+    )
+
+
+@pytest.fixture(scope="module")
+def two_workers(
+    cluster: None, rows: Path, prepared: PreparedData, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, TrainResult]:
+    out = tmp_path_factory.mktemp("two")
+    return out, run(rows, prepared, out, 2)
+
+
+def test_one_worker_and_two_learn_the_same(
+    cluster: None, rows: Path, prepared: PreparedData, two_workers: tuple[Path, TrainResult], tmp_path: Path
+) -> None:
+    one, two = run(rows, prepared, tmp_path, 1), two_workers[1]
+    assert [loss for _, loss in one.loss_curve] == pytest.approx([loss for _, loss in two.loss_curve], abs=1e-4)
+    assert one.eval_loss == pytest.approx(two.eval_loss, abs=1e-4)
+    assert one.tokens_seen == two.tokens_seen
+    assert verify_manifest(two.adapter_dir)
+
+
+def test_a_run_whose_worker_is_killed_ends_as_if_nothing_had_happened(
+    cluster: None, rows: Path, prepared: PreparedData, two_workers: tuple[Path, TrainResult], tmp_path: Path
+) -> None:
+    killed = list[int]()
+
+    def kill_one() -> None:
+        pause = threading.Event()
+        while not list((tmp_path / "test").glob("step-*/manifest.sha256.json")):
+            pause.wait(0.05)
+        workers = [
+            p
+            for p in psutil.Process().children(recursive=True)
+            if "RayTrainWorker" in p.name() or "RayTrainWorker" in " ".join(p.cmdline())
+        ]
+        workers[-1].kill()
+        killed.append(workers[-1].pid)
+
+    threading.Thread(target=kill_one, daemon=True).start()
+    result = run(rows, prepared, tmp_path, 2)
+    assert killed
+    expected = two_workers[1]
+    assert result.last_loss == pytest.approx(expected.last_loss, abs=1e-4)
+    assert result.eval_loss == pytest.approx(expected.eval_loss, abs=1e-4)
+    assert dict(result.loss_curve) == pytest.approx(dict(expected.loss_curve), abs=1e-4)
+
+
+def test_a_damaged_checkpoint_is_passed_over(two_workers: tuple[Path, TrainResult]) -> None:
+    run_dir = two_workers[0] / "test"
+    newest, before = sorted(run_dir.glob("step-*"), reverse=True)[:2]
+    assert newest_valid(run_dir) == newest
+    file = newest / "adapter_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert newest_valid(run_dir) == before
