@@ -44,6 +44,7 @@ def test_data_and_plan_describe_the_demo() -> None:
         (["run", "absent.yaml"], 2, "cannot be read"),
         (["config", "FILE", "training.lerning_rate=3"], 2, "did you mean"),
         (["data", "FILE", "data.max_length=16"], 2, "longer than data.max_length"),
+        (["run", "FILE", "run.storage_path=s3://bucket/runs"], 2, "is no directory"),
         (["status", "-w", "WORK"], 2, "has no runs"),
         (["models", "-w", "WORK"], 4, "altiplano up"),
         (["open", "-w", "WORK"], 4, "altiplano up"),

@@ -37,7 +37,7 @@ def run(
     from altiplano.pipeline.workspace import Workspace
 
     pipeline = load(file, overrides).pipeline
-    workspace = Workspace(Path(pipeline.run.storage_path).resolve(), pipeline.run.name)
+    workspace = Workspace.of(pipeline.run)
     workspace.create()
     if foreground:
         raise typer.Exit(_in_this_process(pipeline, workspace))

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from altiplano import spec
+
 # The driver's first line on standard output, once it holds the workspace.
 READY = "ready"
 
@@ -21,6 +23,8 @@ class WorkspaceBusyError(RuntimeError):
 class WorkspaceError(RuntimeError):
     """The workspace cannot be written."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True)
 class Workspace:
@@ -28,6 +32,17 @@ class Workspace:
 
     root: Path
     run: str
+
+    @classmethod
+    def of(cls, run: spec.Run) -> "Workspace":
+        """The workspace that a pipeline file names.
+
+        Raises:
+            WorkspaceError: a place that is no directory.
+        """
+        if "://" in run.storage_path:
+            raise WorkspaceError(f"run.storage_path {run.storage_path!r} is no directory: use a local or mounted one; object stores serve data only")
+        return cls(Path(run.storage_path).resolve(), run.name)
 
     @property
     def run_dir(self) -> Path:

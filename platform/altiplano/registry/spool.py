@@ -119,7 +119,7 @@ def _send_run(to: MlflowClient, run_id: str, group: list[dict[str, Any]]) -> Non
     for start in range(0, len(metrics), METRICS_PER_CALL):
         to.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_CALL])
     for start in range(0, len(params), PARAMS_PER_CALL):
-        to.log_batch(run_id, params=params[start : start + PARAMS_PER_CALL])
+        _send_params(to, run_id, params[start : start + PARAMS_PER_CALL])
     if tags:
         to.log_batch(run_id, tags=tags)
     for entry in group:
@@ -127,6 +127,16 @@ def _send_run(to: MlflowClient, run_id: str, group: list[dict[str, Any]]) -> Non
             to.log_artifact(run_id, entry["artifact"], entry.get("artifact_path"))
         if "status" in entry:
             to.set_terminated(run_id, entry["status"])
+
+
+def _send_params(to: MlflowClient, run_id: str, params: list[Param]) -> None:
+    """MLflow keeps the first value of a param. A run that goes on with another one must not lose everything else for it."""
+    try:
+        to.log_batch(run_id, params=params)
+    except MlflowException as error:
+        if error.error_code != "INVALID_PARAMETER_VALUE":
+            raise
+        logger.warning("run %s keeps its first params: %s", run_id, error)
 
 
 def _by_run(entries: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:

@@ -149,7 +149,7 @@ class Run(Section):
     """Where results live."""
 
     name: Name
-    storage_path: str = Field(".altiplano", description="Local directory, mounted volume or s3:// prefix.")
+    storage_path: str = Field(".altiplano", description="Local directory or mounted volume that all workers see.")
 
 
 class Evaluate(Section):
