@@ -4,6 +4,7 @@ May import: torch, safetensors, tokenizers, altiplano_kernels. Must never know: 
 (requests, pages, prefix cache, scheduler) imports no torch at all.
 """
 
+from altiplano.engine.backends import create_engine
 from altiplano.engine.config import EngineConfig
 from altiplano.engine.core import Completion, Engine, EngineStats, TokenOutput
 from altiplano.engine.errors import AdapterError, EngineError, PromptTooLongError, UnknownAdapterError, WeightsError
@@ -21,4 +22,5 @@ __all__ = [
     "TokenOutput",
     "UnknownAdapterError",
     "WeightsError",
+    "create_engine",
 ]

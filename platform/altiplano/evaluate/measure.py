@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from altiplano import spec
 from altiplano.data import EvalRow
-from altiplano.engine import Completion, Engine, EngineConfig, SamplingParams
+from altiplano.engine import Completion, Engine, EngineConfig, SamplingParams, create_engine
 from altiplano.evaluate import tasks
 from altiplano.evaluate.harness import lm_eval_scores
 
@@ -57,7 +57,7 @@ def measure(
         raise EvaluationError(f"evaluate.tasks names {', '.join(unknown)}: use {known}")
     rows = rows[: settings.limit]
     longest = max(len(row.input_ids) for row in rows) + settings.max_new_tokens
-    engine = Engine(
+    engine = create_engine(
         EngineConfig(
             model,
             dtype=dtype,

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from altiplano.engine import Engine, EngineConfig, SamplingParams, TokenOutput
+from altiplano.engine import Engine, EngineConfig, SamplingParams, TokenOutput, create_engine
 from altiplano.serve import messages as m
 
 _LENGTH = struct.Struct("<I")
@@ -102,7 +102,7 @@ def main() -> None:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(sys.argv[1])
         try:
-            engine = Engine(EngineConfig(**{**settings, "model": Path(settings["model"])}))
+            engine = create_engine(EngineConfig(**{**settings, "model": Path(settings["model"])}))
             Loop(connection, engine).run()
         except (BrokenPipeError, ConnectionResetError):
             os._exit(0)
