@@ -55,7 +55,15 @@ def gemms(model: str) -> None:
         for m in (16, 64, 128, 256, 8192):
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
             ms = graph_ms(lambda i, x=x, weights=weights: x @ weights[i].T)
-            say(kernel="gemm", model=model, name=name, m=m, us=round(ms * 1e3, 2), tbps=round(n * k * 2 / ms / 1e9, 2), tflops=round(2 * m * n * k / ms / 1e9))
+            say(
+                kernel="gemm",
+                model=model,
+                name=name,
+                m=m,
+                us=round(ms * 1e3, 2),
+                tbps=round(n * k * 2 / ms / 1e9, 2),
+                tflops=round(2 * m * n * k / ms / 1e9),
+            )
 
 
 def cache_of(blocks: int, kv_heads: int, dim: int, kind: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -95,7 +103,16 @@ def decodes(model: str) -> None:
                     found.append((round(ms * 1e3, 1), splits, tile, stages, warps))
             found.sort()
             us = found[0][0]
-            say(kernel="decode", model=model, batch=batch, context=context, kind=str(kind)[6:], us=us, tbps=round(size / us / 1e6, 2), all=found)
+            say(
+                kernel="decode",
+                model=model,
+                batch=batch,
+                context=context,
+                kind=str(kind)[6:],
+                us=us,
+                tbps=round(size / us / 1e6, 2),
+                all=found,
+            )
             del caches
 
 
@@ -108,16 +125,32 @@ def prefills(model: str) -> None:
     query = torch.randn(chunks * length, heads * dim, device="cuda", dtype=torch.bfloat16)
     out = torch.empty_like(query)
     flops = 4 * chunks * heads * dim * length * (length + 1) / 2
-    for rows, tile, stages, warps in ((128, 64, 3, 8), (128, 64, 3, 4), (128, 128, 2, 8), (64, 64, 3, 4), (128, 64, 2, 4), (128, 128, 2, 4)):
-        tiles = torch.tensor(list_tiles([(i * length, length, 0, i) for i in range(chunks)], rows), dtype=torch.int32, device="cuda")
+    for rows, tile, stages, warps in (
+        (128, 64, 3, 8),
+        (128, 64, 3, 4),
+        (128, 128, 2, 8),
+        (64, 64, 3, 4),
+        (128, 64, 2, 4),
+        (128, 128, 2, 4),
+    ):
+        tiles = torch.tensor(
+            list_tiles([(i * length, length, 0, i) for i in range(chunks)], rows), dtype=torch.int32, device="cuda"
+        )
         try:
-            ms = graph_ms(
-                lambda i, a=(rows, tile, stages, warps), t=tiles: prefill(query, *caches[i], tables, t, out, heads, *a)
-            )
+            ms = graph_ms(lambda i, a=(rows, tile, stages, warps), t=tiles: prefill(query, *caches[i], tables, t, out, heads, *a))
         except Exception as error:
             say(kernel="prefill", failed=repr(error)[:100], rows=rows, tile=tile)
             continue
-        say(kernel="prefill", model=model, rows=rows, tile=tile, stages=stages, warps=warps, us=round(ms * 1e3), tflops=round(flops / ms / 1e9))
+        say(
+            kernel="prefill",
+            model=model,
+            rows=rows,
+            tile=tile,
+            stages=stages,
+            warps=warps,
+            us=round(ms * 1e3),
+            tflops=round(flops / ms / 1e9),
+        )
 
 
 if __name__ == "__main__":

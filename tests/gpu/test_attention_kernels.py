@@ -10,8 +10,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from altiplano_kernels.embed_norm.kernel import add_norm, embed_rows
+from altiplano_kernels.embed_norm.kernel import add_norm, add_norm_parts, embed_rows
 from altiplano_kernels.kv_write.kernel import MAX_CODE, rope_and_write
+from altiplano_kernels.linear.kernel import GATED_FEW, GATED_SOME, PARTS_FEW, PARTS_SOME, Tiling, linear_parts, swiglu_linear
 from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, choose_splits, decode
 from altiplano_kernels.prefill_attention.kernel import list_tiles, prefill
 from altiplano_kernels.rms_norm.reference import rms_norm
@@ -141,7 +142,11 @@ def test_prefill_attention_of_chunks_with_offsets(shape: tuple[int, int, int], k
 def test_pages_of_others_are_left_alone() -> None:
     paged = Paged(*SHAPES[0], [33, 5], torch.bfloat16)
     used = set(paged.tables.flatten().tolist())
-    free = [page for page in range(paged.cache.shape[0]) if page not in {int(paged.tables[0, 0]), int(paged.tables[0, 1]), int(paged.tables[1, 0])}]
+    free = [
+        page
+        for page in range(paged.cache.shape[0])
+        if page not in {int(paged.tables[0, 0]), int(paged.tables[0, 1]), int(paged.tables[1, 0])}
+    ]
     assert used and bool(paged.cache[free].isnan().all())
     assert not bool(paged.cache[int(paged.tables[0, 1])][:, :, :1].isnan().any())
     assert bool(paged.cache[int(paged.tables[0, 1])][:, :, 1:].isnan().all())
@@ -167,6 +172,24 @@ def test_norms(hidden: int) -> None:
     add_norm(x, residual, weight, x, 1e-5)
     assert error(residual, total.double().cpu()) < 8e-3
     assert error(x, rms_norm(total.double(), weight.double(), 1e-5).cpu()) < 8e-3
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts", "gated"), [(1, PARTS_FEW, GATED_FEW), (13, PARTS_FEW, GATED_FEW), (50, PARTS_SOME, GATED_SOME)]
+)
+def test_products_of_few_rows(rows: int, parts: Tiling, gated: Tiling) -> None:
+    torch.manual_seed(4)
+    x = torch.randn(rows, 1024).to(torch.bfloat16).to(DEVICE).to(PRODUCTS)
+    w = (torch.randn(256, 1024) * 0.05).to(torch.bfloat16).to(DEVICE).to(PRODUCTS)
+    residual, weight = (torch.randn(n, 256).to(torch.bfloat16).to(DEVICE) for n in (rows, 1))
+    product, wide = x.double() @ w.double().T, swiglu_reference(x.double() @ w.double().T)
+    found = linear_parts(x, w, parts)
+    assert error(found.sum(0), product.cpu()) < 1e-5
+    assert error(swiglu_linear(x, w, gated), wide.cpu()) < 8e-3
+    total, out = product + residual.double(), torch.empty_like(residual)
+    add_norm_parts(found, residual, weight[0], out, 1e-5)
+    assert error(residual, total.cpu()) < 8e-3
+    assert error(out, rms_norm(total, weight[0].double(), 1e-5).cpu()) < 1e-2
 
 
 def test_swiglu() -> None:

@@ -13,14 +13,45 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 from altiplano.engine import Engine, EngineConfig, SamplingParams  # noqa: E402
 
 SHAPES = {
-    "1b-like": {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 1024},
-    "3b-like": {"hidden_size": 768, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 128, "intermediate_size": 1536},
+    "1b-like": {
+        "hidden_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "intermediate_size": 1024,
+    },
+    "3b-like": {
+        "hidden_size": 768,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "intermediate_size": 1536,
+    },
 }
-ROPE = {"rope_type": "llama3", "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 256}
+ROPE = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 256,
+}
 
 
 @pytest.fixture(scope="module", params=SHAPES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights wide enough for logits that differ."""
+    return random_checkpoint(request.param, 0.05, tmp_path_factory)
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def usual(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of the usual initialisation, standard deviation 0.02."""
+    return random_checkpoint(request.param, 0.02, tmp_path_factory)
+
+
+def random_checkpoint(shape: str, spread: float, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -30,22 +61,22 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
         rope_parameters={"rope_theta": 500000.0, **ROPE},
-        initializer_range=0.05,
+        initializer_range=spread,
         eos_token_id=4095,
-        **SHAPES[request.param],
+        **SHAPES[shape],
     )
-    where = tmp_path_factory.mktemp(request.param)
+    where = tmp_path_factory.mktemp(shape)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(where)
     assert json.loads((where / "config.json").read_text())["model_type"] == "llama"
     return where
 
 
-def reference_logits(where: Path, tokens: list[int]) -> torch.Tensor:
+def reference_logits(where: Path, tokens: list[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     from transformers import LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(where, dtype=torch.float32).cuda().eval()
+    model = LlamaForCausalLM.from_pretrained(where, dtype=dtype).cuda().eval()
     with torch.inference_mode():
-        logits: torch.Tensor = model(torch.tensor([tokens], device="cuda")).logits[0].cpu()
+        logits: torch.Tensor = model(torch.tensor([tokens], device="cuda")).logits[0].float().cpu()
     return logits
 
 
@@ -70,18 +101,29 @@ def greedy_gap(where: Path, prompt: list[int], answer: list[int]) -> float:
     return float((logits.max(-1).values - logits.gather(1, torch.tensor(answer)[:, None])[:, 0]).max())
 
 
-BOUNDS = {"bf16": 3e-2, "int8": 6e-2, "fp8": 0.2}
+BOUNDS = {"bf16": 3e-2, "int8": 4e-2, "fp8": 0.15}
+
+
+def own_logprobs(logits: torch.Tensor, tokens: list[int]) -> torch.Tensor:
+    return logits.log_softmax(-1)[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("kind", BOUNDS)
-def test_teacher_forced_logprobs_equal_transformers_in_float32(checkpoint: Path, kind: str) -> None:
-    engine = make(checkpoint, kind)
+def test_teacher_forced_logprobs_equal_transformers_in_float32(usual: Path, kind: str) -> None:
     tokens = prompts(1, 700, 700)[0]
-    found = torch.tensor(engine.score([tokens])[0])
-    wanted = reference_logits(checkpoint, tokens).log_softmax(-1)[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
-    worst = float((found - wanted).abs().max())
+    found = torch.tensor(make(usual, kind).score([tokens])[0])
+    worst = float((found - own_logprobs(reference_logits(usual, tokens), tokens)).abs().max())
     print(f"max abs error of logprobs, {kind}: {worst:.4f}")
     assert worst < BOUNDS[kind]
+
+
+def test_bf16_errs_no_more_than_transformers_in_bf16(checkpoint: Path) -> None:
+    tokens = prompts(1, 700, 700)[0]
+    wanted = own_logprobs(reference_logits(checkpoint, tokens), tokens)
+    ours = float((torch.tensor(make(checkpoint, "bf16").score([tokens])[0]) - wanted).abs().max())
+    theirs = float((own_logprobs(reference_logits(checkpoint, tokens, torch.bfloat16), tokens) - wanted).abs().max())
+    print(f"max abs error of logprobs against float32: ours {ours:.4f}, transformers in bf16 {theirs:.4f}")
+    assert ours < 1.3 * theirs
 
 
 @pytest.mark.parametrize("kind", BOUNDS)
@@ -90,12 +132,15 @@ def test_greedy_answers_are_those_of_the_float32_model(checkpoint: Path, kind: s
     answers = make(checkpoint, kind).generate(asked, SamplingParams(max_tokens=37, temperature=0.0, ignore_eos=True))
     for prompt, answer in zip(asked, answers, strict=True):
         assert len(answer.token_ids) == 37 and answer.finish_reason == "length"
-        assert greedy_gap(checkpoint, prompt, answer.token_ids) < 4 * BOUNDS[kind]
+        assert greedy_gap(checkpoint, prompt, answer.token_ids) < {"bf16": 0.12, "int8": 0.24, "fp8": 0.8}[kind]
 
 
 def test_running_ahead_changes_no_token(checkpoint: Path) -> None:
     asked = prompts(9, 5, 90)
-    for params in (SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True), SamplingParams(max_tokens=30, temperature=0.7, seed=11)):
+    for params in (
+        SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True),
+        SamplingParams(max_tokens=30, temperature=0.7, seed=11),
+    ):
         ahead = make(checkpoint, "bf16").generate(asked, params)
         stepwise = make(checkpoint, "bf16", overlapped=False).generate(asked, params)
         assert [a.token_ids for a in ahead] == [a.token_ids for a in stepwise]
@@ -138,5 +183,5 @@ def test_requests_that_need_whole_rows_share_the_engine(checkpoint: Path) -> Non
     assert [len(answer.token_ids) for answer in answers] == [12, 12, 40]
     logits = reference_logits(checkpoint, asked[0] + answers[0].token_ids).log_softmax(-1)[len(asked[0]) - 1 : -1]
     wanted = logits.gather(1, torch.tensor(answers[0].token_ids)[:, None])[:, 0]
-    assert float((torch.tensor(answers[0].logprobs) - wanted).abs().max()) < 3e-2
+    assert float((torch.tensor(answers[0].logprobs) - wanted).abs().max()) < 0.1  # wide weights: as transformers in bf16
     assert greedy_gap(checkpoint, asked[2], answers[2].token_ids) < 0.12

@@ -39,7 +39,30 @@ def _add_kernel(x, residual, weight, out, eps, HIDDEN: tl.constexpr, PAD: tl.con
         gdc_wait()
         gdc_launch_dependents()
     at = row * HIDDEN + k
-    total = tl.load(x + at, mask=k < HIDDEN, other=0.0).to(tl.float32) + tl.load(residual + at, mask=k < HIDDEN, other=0.0).to(tl.float32)
+    total = tl.load(x + at, mask=k < HIDDEN, other=0.0).to(tl.float32) + tl.load(residual + at, mask=k < HIDDEN, other=0.0).to(
+        tl.float32
+    )
+    total = total.to(tl.bfloat16)
+    tl.store(residual + at, total, mask=k < HIDDEN)
+    tl.store(out + at, _normalise(total.to(tl.float32), w, eps, HIDDEN).to(tl.bfloat16), mask=k < HIDDEN)
+
+
+@triton.jit
+def _add_parts_kernel(
+    parts, residual, weight, out, eps, stride_part, SPLITS: tl.constexpr, HIDDEN: tl.constexpr, PAD: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, PAD)
+    w = tl.load(weight + k, mask=k < HIDDEN, other=0.0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    at = row * HIDDEN + k
+    x = tl.load(parts + at, mask=k < HIDDEN, other=0.0)
+    for part in tl.static_range(1, SPLITS):
+        x += tl.load(parts + part * stride_part + at, mask=k < HIDDEN, other=0.0)
+    # Rounded as the product of a library would be, so that both ways agree.
+    total = x.to(tl.bfloat16).to(tl.float32) + tl.load(residual + at, mask=k < HIDDEN, other=0.0).to(tl.float32)
     total = total.to(tl.bfloat16)
     tl.store(residual + at, total, mask=k < HIDDEN)
     tl.store(out + at, _normalise(total.to(tl.float32), w, eps, HIDDEN).to(tl.bfloat16), mask=k < HIDDEN)
@@ -70,10 +93,24 @@ def embed_rows(
     )  # fmt: skip
 
 
-def add_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float, pdl: bool = False) -> None:
+def add_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float, pdl: bool = False
+) -> None:
     """residual += x in place, out = rms_norm(residual) * weight; all bf16 [rows, hidden]. `out` may be `x`."""
     rows, hidden = residual.shape
     extra = {"launch_pdl": True} if pdl else {}
     _add_kernel[(rows,)](
         x, residual, weight, out, eps, HIDDEN=hidden, PAD=triton.next_power_of_2(hidden), PDL=pdl, num_warps=8, **extra
+    )  # fmt: skip
+
+
+def add_norm_parts(
+    parts: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float, pdl: bool = False
+) -> None:
+    """`add_norm` of x = sum of parts: float32 [splits, rows, hidden], as `linear_parts` leaves them."""
+    rows, hidden = residual.shape
+    extra = {"launch_pdl": True} if pdl else {}
+    _add_parts_kernel[(rows,)](
+        parts, residual, weight, out, eps, parts.stride(0),
+        SPLITS=parts.shape[0], HIDDEN=hidden, PAD=triton.next_power_of_2(hidden), PDL=pdl, num_warps=8, **extra,
     )  # fmt: skip

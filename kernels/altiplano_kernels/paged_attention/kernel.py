@@ -28,7 +28,9 @@ def _decode_kernel(
     slot = tl.load(slots + row).to(tl.int64)
     member, d, n = tl.arange(0, ROWS), tl.arange(0, DIM), tl.arange(0, TILE)
     real = (member < GROUP)[:, None]
-    q = tl.load(query + row.to(tl.int64) * stride_query + (head * GROUP + member[:, None]) * DIM + d[None, :], mask=real, other=0.0)
+    q = tl.load(
+        query + row.to(tl.int64) * stride_query + (head * GROUP + member[:, None]) * DIM + d[None, :], mask=real, other=0.0
+    )
     if SCALED:
         # The card converts e4m3 to float16 in one instruction, to bf16 in several; codes fit float16 without loss.
         q = q.to(tl.float16)
@@ -80,7 +82,10 @@ def _decode_kernel(
                 peak = tl.maximum(best, peak_other)
                 mine, theirs = tl.exp2(best - peak), tl.exp2(peak_other - peak)
                 total = total * mine + tl.load(stats + place * 2 + 1, cache_modifier=".cg") * theirs
-                acc = acc * mine[:, None] + tl.load(parts + place[:, None] * DIM + d[None, :], cache_modifier=".cg") * theirs[:, None]
+                acc = (
+                    acc * mine[:, None]
+                    + tl.load(parts + place[:, None] * DIM + d[None, :], cache_modifier=".cg") * theirs[:, None]
+                )
                 best = peak
             tl.store(target, (acc / total[:, None]).to(out.dtype.element_ty), mask=real)
             tl.store(counters + group, 0)
@@ -98,7 +103,7 @@ class DecodeWorkspace:
 def choose_splits(batch: int, kv_heads: int, processors: int = 132) -> int:
     """Splits per (sequence, head): about four programs a processor, at most 32."""
     wanted = -(-4 * processors // (batch * kv_heads))
-    return min(32, triton.next_power_of_2(wanted))
+    return int(min(32, triton.next_power_of_2(wanted)))
 
 
 def decode(

@@ -87,7 +87,9 @@ def list_tiles(chunks: list[tuple[int, int, int, int]], rows: int = QUERY_TILE) 
     The tiles with the most keys come first, so that the short ones fill the end of the launch.
     """
     tiles = [
-        (first + at, min(rows, tokens - at), start + at, slot) for first, tokens, start, slot in chunks for at in range(0, tokens, rows)
+        (first + at, min(rows, tokens - at), start + at, slot)
+        for first, tokens, start, slot in chunks
+        for at in range(0, tokens, rows)
     ]
     tiles.sort(key=lambda tile: -tile[2])
     return [number for tile in tiles for number in tile]

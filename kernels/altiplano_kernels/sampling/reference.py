@@ -49,7 +49,12 @@ def gumbel(seeds: torch.Tensor, steps: torch.Tensor, vocab: int) -> torch.Tensor
 
 
 def penalize(
-    logits: torch.Tensor, counts: torch.Tensor, prompt: torch.Tensor, presence: torch.Tensor, frequency: torch.Tensor, repetition: torch.Tensor
+    logits: torch.Tensor,
+    counts: torch.Tensor,
+    prompt: torch.Tensor,
+    presence: torch.Tensor,
+    frequency: torch.Tensor,
+    repetition: torch.Tensor,
 ) -> torch.Tensor:
     """Lower what was said before. counts: [batch, vocab] uses in the output; prompt: bool [batch, vocab]; the rest float32 [batch].
 

@@ -41,7 +41,9 @@ class Workspace:
             WorkspaceError: a place that is no directory.
         """
         if "://" in run.storage_path:
-            raise WorkspaceError(f"run.storage_path {run.storage_path!r} is no directory: use a local or mounted one; object stores serve data only")
+            raise WorkspaceError(
+                f"run.storage_path {run.storage_path!r} is no directory: use a local or mounted one; object stores serve data only"
+            )
         return cls(Path(run.storage_path).resolve(), run.name)
 
     @property

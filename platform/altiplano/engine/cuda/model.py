@@ -7,9 +7,10 @@ import torch
 from altiplano.engine.adapters import Adapter
 from altiplano.engine.config import LlamaConfig
 from altiplano.engine.cuda.slots import SlotTable
-from altiplano.engine.weights import Weights
-from altiplano_kernels.embed_norm.kernel import add_norm, embed_rows
+from altiplano.engine.weights import Layer, Weights
+from altiplano_kernels.embed_norm.kernel import add_norm, add_norm_parts, embed_rows
 from altiplano_kernels.kv_write.kernel import rope_and_write
+from altiplano_kernels.linear import kernel as linear
 from altiplano_kernels.lora.reference import add_lora
 from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, choose_splits, decode
 from altiplano_kernels.prefill_attention.kernel import prefill
@@ -17,6 +18,7 @@ from altiplano_kernels.rope.reference import cos_sin, inverse_frequencies
 from altiplano_kernels.swiglu.kernel import swiglu
 
 Groups = Sequence[tuple[Adapter, torch.Tensor | None]]
+Updates = Sequence[tuple[Mapping[str, tuple[torch.Tensor, torch.Tensor]], torch.Tensor | None]]
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
 
 
@@ -24,7 +26,13 @@ class CudaLlama:
     """Weights and paged cache. cache: [layers, blocks, 2, kv_heads, page, head_dim]; scales: [layers, blocks, 2, kv_heads, page] or None."""
 
     def __init__(
-        self, config: LlamaConfig, weights: Weights, cache: torch.Tensor, scales: torch.Tensor | None, slots: SlotTable, max_batch: int
+        self,
+        config: LlamaConfig,
+        weights: Weights,
+        cache: torch.Tensor,
+        scales: torch.Tensor | None,
+        slots: SlotTable,
+        max_batch: int,
     ) -> None:
         self.config, self.weights, self.cache, self.scales, self.slots = config, weights, cache, scales, slots
         device = str(cache.device)
@@ -34,6 +42,12 @@ class CudaLlama:
         kv_heads = config.num_key_value_heads
         # The batch whose splits need most room decides.
         need = max(batch * choose_splits(batch, kv_heads) for batch in range(1, max_batch + 1))
+        layer = weights.layers[0]
+        self._splits = all(
+            linear.fits(linear.PARTS_SOME, *map(int, w.shape))
+            and linear.fits(linear.GATED_SOME, config.intermediate_size, config.hidden_size)
+            for w in (layer.o, layer.down)
+        )
         self._workspace = DecodeWorkspace(max(need, max_batch), kv_heads, config.head_dim, device, 1)
 
     def decode_hidden(self, rows: torch.Tensor, groups: Groups = (), pdl: bool = True) -> torch.Tensor:
@@ -42,14 +56,26 @@ class CudaLlama:
         positions = torch.empty_like(rows)
         residual, x = (torch.empty(batch, config.hidden_size, dtype=torch.bfloat16, device=rows.device) for _ in range(2))
         first, slots = self.weights.layers[0].input_norm, self.slots
-        embed_rows(slots.tokens, slots.positions, rows, self.weights.embedding, first, residual, x, positions, config.rms_norm_eps, pdl)
+        embed_rows(
+            slots.tokens, slots.positions, rows, self.weights.embedding, first, residual, x, positions, config.rms_norm_eps, pdl
+        )
         splits = choose_splits(batch, config.num_key_value_heads)
 
         def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
             out = torch.empty(batch, config.num_attention_heads * config.head_dim, dtype=torch.bfloat16, device=rows.device)
             scales = None if self.scales is None else self.scales[layer]
             return decode(
-                qkv, self.cache[layer], scales, slots.tables, rows, positions, out, self._workspace, config.num_attention_heads, splits, pdl=pdl
+                qkv,
+                self.cache[layer],
+                scales,
+                slots.tables,
+                rows,
+                positions,
+                out,
+                self._workspace,
+                config.num_attention_heads,
+                splits,
+                pdl=pdl,
             )
 
         return self._layers(x, residual, positions, rows, attend, groups, pdl)
@@ -82,7 +108,8 @@ class CudaLlama:
         pdl: bool,
     ) -> torch.Tensor:
         config, layers = self.config, self.weights.layers
-        heads, eps = config.num_attention_heads, config.rms_norm_eps
+        heads = config.num_attention_heads
+        split = pdl and len(x) <= linear.MOST_ROWS and not groups and self._splits
         for index, layer in enumerate(layers):
             updates = [(adapter.pairs[index], rows) for adapter, rows in groups]
             qkv = x @ layer.qkv.T
@@ -90,22 +117,43 @@ class CudaLlama:
             scales = None if self.scales is None else self.scales[index]
             rope_and_write(qkv, positions, slots_of, self.slots.tables, self._cos_sin, self.cache[index], scales, heads, pdl)
             mixed = attend(index, qkv)
-            x = mixed @ layer.o.T
-            _add(updates, mixed, {"o_proj": x})
-            add_norm(x, residual, layer.post_norm, x, eps, pdl)
-            gate_up = x @ layer.gate_up.T
-            gate, up = gate_up.chunk(2, dim=-1)
-            _add(updates, x, {"gate_proj": gate, "up_proj": up})
-            wide = swiglu(gate_up, torch.empty_like(gate, memory_format=torch.contiguous_format), pdl)
-            x = wide @ layer.down.T
-            _add(updates, wide, {"down_proj": x})
             after = layers[index + 1].input_norm if index + 1 < len(layers) else self.weights.norm
-            add_norm(x, residual, after, x, eps, pdl)
+            if split:
+                x = self._finish_split(mixed, residual, layer, after, pdl)
+            else:
+                x = self._finish(mixed, residual, layer, after, updates, pdl)
         return x
 
-    def _add_to_qkv(
-        self, updates: Sequence[tuple[Mapping[str, tuple[torch.Tensor, torch.Tensor]], torch.Tensor | None]], x: torch.Tensor, qkv: torch.Tensor
-    ) -> None:
+    def _finish(
+        self, mixed: torch.Tensor, residual: torch.Tensor, layer: Layer, after: torch.Tensor, updates: Updates, pdl: bool
+    ) -> torch.Tensor:
+        """From attention to the next layer's input, with cuBLAS."""
+        eps = self.config.rms_norm_eps
+        x = mixed @ layer.o.T
+        _add(updates, mixed, {"o_proj": x})
+        add_norm(x, residual, layer.post_norm, x, eps, pdl)
+        gate_up = x @ layer.gate_up.T
+        gate, up = gate_up.chunk(2, dim=-1)
+        _add(updates, x, {"gate_proj": gate, "up_proj": up})
+        wide = swiglu(gate_up, torch.empty_like(gate, memory_format=torch.contiguous_format), pdl)
+        x = wide @ layer.down.T
+        _add(updates, wide, {"down_proj": x})
+        add_norm(x, residual, after, x, eps, pdl)
+        return x
+
+    def _finish_split(
+        self, mixed: torch.Tensor, residual: torch.Tensor, layer: Layer, after: torch.Tensor, pdl: bool
+    ) -> torch.Tensor:
+        """The same for a few rows: every kernel starts while the one before it ends."""
+        few, eps = len(mixed) <= 16, self.config.rms_norm_eps
+        parts, gated = (linear.PARTS_FEW, linear.GATED_FEW) if few else (linear.PARTS_SOME, linear.GATED_SOME)
+        x = torch.empty_like(residual)
+        add_norm_parts(linear.linear_parts(mixed, layer.o, parts, pdl), residual, layer.post_norm, x, eps, pdl)
+        wide = linear.swiglu_linear(x, layer.gate_up, gated, pdl)
+        add_norm_parts(linear.linear_parts(wide, layer.down, parts, pdl), residual, after, x, eps, pdl)
+        return x
+
+    def _add_to_qkv(self, updates: Updates, x: torch.Tensor, qkv: torch.Tensor) -> None:
         if updates:
             config = self.config
             q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -113,11 +161,7 @@ class CudaLlama:
             _add(updates, x, {"q_proj": query, "k_proj": key, "v_proj": value})
 
 
-def _add(
-    updates: Sequence[tuple[Mapping[str, tuple[torch.Tensor, torch.Tensor]], torch.Tensor | None]],
-    x: torch.Tensor,
-    outs: Mapping[str, torch.Tensor],
-) -> None:
+def _add(updates: Updates, x: torch.Tensor, outs: Mapping[str, torch.Tensor]) -> None:
     """Add each adapter's share to the module outputs, in place."""
     for pairs, rows in updates:
         for module, out in outs.items():

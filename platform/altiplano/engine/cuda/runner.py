@@ -73,14 +73,18 @@ class CudaRunner:
         self._adapters: dict[str, Adapter] = {}
         self._copies = torch.cuda.Stream(device)
         ring = self.slots.ring
-        self._snapshots = [(torch.empty_like(ring), torch.empty(ring.shape, dtype=ring.dtype).pin_memory()) for _ in range(SNAPSHOTS)]
+        self._snapshots = [
+            (torch.empty_like(ring), torch.empty(ring.shape, dtype=ring.dtype).pin_memory()) for _ in range(SNAPSHOTS)
+        ]
         self._published = 0
         self.vocab_size, self.eos_token_ids = model.vocab_size, model.eos_token_ids
         self.max_position_embeddings = model.max_position_embeddings
 
     def load_adapter(self, name: str, directory: Path) -> None:
         if name not in self._adapters and len(self._adapters) >= self._config.max_loras:
-            raise AdapterError(f"{len(self._adapters)} adapters are loaded, and max_loras is {self._config.max_loras}: unload one or raise it")
+            raise AdapterError(
+                f"{len(self._adapters)} adapters are loaded, and max_loras is {self._config.max_loras}: unload one or raise it"
+            )
         self._adapters[name] = load_adapter(
             name, directory, self._model_config, self._config.max_lora_rank, torch.bfloat16, self._device
         )
@@ -173,7 +177,9 @@ class CudaRunner:
                 self._graphs.ensure(batch)
 
     def _is_decode(self, chunk: Chunk) -> bool:
-        return len(chunk.tokens) == 1 and chunk.sample and chunk.adapter is None and drawing.is_plain(chunk.params, chunk.generated)
+        return (
+            len(chunk.tokens) == 1 and chunk.sample and chunk.adapter is None and drawing.is_plain(chunk.params, chunk.generated)
+        )
 
     def _decode_step(self, bucket: int) -> None:
         rows = self.slots.rows[:bucket]
@@ -189,7 +195,16 @@ class CudaRunner:
     def _draw_rows(self, rows: torch.Tensor, logits: torch.Tensor, pdl: bool) -> None:
         slots = self.slots
         draw_and_advance(
-            logits, rows, slots.tokens, slots.positions, slots.steps, slots.temperatures, slots.seeds, slots.ring, self._draws, pdl
+            logits,
+            rows,
+            slots.tokens,
+            slots.positions,
+            slots.steps,
+            slots.temperatures,
+            slots.seeds,
+            slots.ring,
+            self._draws,
+            pdl,
         )
 
     def _prefill(self, chunks: Sequence[Chunk], ends: Sequence[int]) -> torch.Tensor:
@@ -198,7 +213,9 @@ class CudaRunner:
         ids = [token for chunk in chunks for token in chunk.tokens]
         positions = [chunk.start + i for chunk in chunks for i in range(len(chunk.tokens))]
         slots_of = [chunk.slot for chunk in chunks for _ in chunk.tokens]
-        flat = torch.tensor(ids + positions + slots_of + tiles, dtype=torch.int32).pin_memory().to(self._device, non_blocking=True)
+        flat = (
+            torch.tensor(ids + positions + slots_of + tiles, dtype=torch.int32).pin_memory().to(self._device, non_blocking=True)
+        )
         n = len(ids)
         return self.model.prefill_hidden(flat[:n], flat[n : 2 * n], flat[2 * n : 3 * n], flat[3 * n :], self._groups(chunks))
 

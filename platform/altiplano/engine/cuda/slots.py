@@ -76,7 +76,11 @@ class SlotTable:
         seeds: Sequence[int],
     ) -> None:
         """Set the state of slots: the token that comes next, its position, the number of tokens drawn before, and the sampling."""
-        whole = torch.tensor([slots, tokens, positions, steps, seeds], dtype=torch.int64).pin_memory().to(self.tokens.device, non_blocking=True)
+        whole = (
+            torch.tensor([slots, tokens, positions, steps, seeds], dtype=torch.int64)
+            .pin_memory()
+            .to(self.tokens.device, non_blocking=True)
+        )
         warm = torch.tensor(temperatures, dtype=torch.float32).pin_memory().to(self.tokens.device, non_blocking=True)
         at = whole[0]
         self.tokens[at] = whole[1].int()

@@ -1,0 +1,56 @@
+"""Where each microsecond of a decode step goes: GPU time by kernel over graph replays.
+
+usage: PYTHONPATH=platform:kernels python benchmarks/engine/profile_step.py MODEL BATCH CONTEXT
+"""
+
+import sys
+from collections import defaultdict
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from workloads import model_directory
+
+from altiplano.engine import EngineConfig
+from altiplano.engine.cuda.runner import CudaRunner
+
+STEPS = 8
+
+
+def main(model: str, batch: int, context: int) -> None:
+    width = -(-(context + 64) // 32)
+    config = EngineConfig(
+        model=model_directory(model), dtype="bfloat16", device="cuda", load_format="dummy", max_model_len=context, max_num_seqs=batch,
+        num_blocks=batch * width,
+    )  # fmt: skip
+    runner = CudaRunner(config)
+    runner.warm_up([batch])
+    slots = list(range(batch))
+
+    def reset() -> None:
+        for slot in slots:
+            runner.slots.set_pages(slot, range(slot * width, (slot + 1) * width), fresh=True)
+        runner.slots.write(slots, [1] * batch, [context - 1] * batch, [0] * batch, [0.0] * batch, [0] * batch)
+
+    reset()
+    runner.launch_decode(slots, 20)
+    reset()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    runner.launch_decode(slots, 2)
+    start.record()
+    runner.launch_decode(slots, STEPS)
+    end.record()
+    torch.cuda.synchronize()
+    print(f"{model} B={batch} context {context}: {start.elapsed_time(end) / STEPS * 1e3:.0f} us a step")
+    reset()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        runner.launch_decode(slots, STEPS)
+        torch.cuda.synchronize()
+    times: dict[str, list[float]] = defaultdict(list)
+    for event in trace.events():
+        times[event.name].append(event.device_time)
+    for name, found in sorted(times.items(), key=lambda item: -sum(item[1])):
+        print(f"{sum(found) / STEPS:9.1f} us  {len(found) / STEPS:6.1f} x {sum(found) / len(found):7.2f}  {name[:110]}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
