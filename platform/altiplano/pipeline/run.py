@@ -12,6 +12,7 @@ from altiplano.pipeline.ledger import Ledger, Record, digest
 from altiplano.pipeline.stages import STAGES
 from altiplano.pipeline.workspace import Workspace
 from altiplano.registry import Tracker
+from altiplano.registry.tracking import KEY
 
 
 class StageError(RuntimeError):
@@ -42,7 +43,7 @@ def run_pipeline(pipeline: spec.Pipeline, workspace: Workspace, events: EventLog
         f"pipeline-{pipeline.run.name}-{identity[:7]}",
         "pipeline",
         run_id=ledger.begun("pipeline", identity),
-        tags={"altiplano.config_digest": identity},
+        tags={"altiplano.config_digest": identity, KEY: identity},
     )
     ledger.begin("pipeline", identity, parent.run_id)
     parent.log_dict(pipeline.model_dump(mode="json"), "pipeline.json")
@@ -71,7 +72,7 @@ def _advance(stage: Stage, context: Context, ledger: Ledger, tracker: Tracker) -
         context.events.emit("stage_started", stage=stage.name)
         started = time.monotonic()
         context.tracked = tracker.start_run(
-            stage.name, stage.name, parent_run_id=context.parent.run_id, run_id=ledger.begun(stage.name, key)
+            stage.name, stage.name, parent_run_id=context.parent.run_id, run_id=ledger.begun(stage.name, key), tags={KEY: key}
         )
         ledger.begin(stage.name, key, context.tracked.run_id)
         outputs = stage.run(context)

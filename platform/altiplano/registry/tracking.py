@@ -18,6 +18,9 @@ from altiplano.registry.spool import Spool, client, replay
 
 PARENT = "mlflow.parentRunId"
 STAGE = "altiplano.stage"
+# Tags that make a run findable again: a trial by its id, a stage or pipeline by the digest of its inputs.
+KEY, TRIAL = "altiplano.key", "altiplano.trial"
+KEYS = (TRIAL, KEY)
 
 
 class Tracker:
@@ -84,10 +87,12 @@ class Tracker:
             raise
 
     def _same_tag(self, labels: Mapping[str, str]) -> Run | None:
-        """The run of a trial that was started before: a restarted trial goes on in its own run."""
-        if "altiplano.trial" not in labels:
+        """The run with the same parent and key: whoever opened it may have been killed before it could note the run's id."""
+        key = next((name for name in KEYS if name in labels), None)
+        if key is None:
             return None
-        condition = f"tags.`{PARENT}` = '{labels[PARENT]}' AND tags.`altiplano.trial` = '{labels['altiplano.trial']}'"
+        wanted = {name: labels[name] for name in (PARENT, key) if name in labels}
+        condition = " AND ".join(f"tags.`{name}` = '{value}'" for name, value in wanted.items())
         found = self._client.search_runs([self._experiment], condition, max_results=1)
         return self._resume(found[0].info.run_id) if found else None
 
