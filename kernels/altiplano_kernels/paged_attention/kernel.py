@@ -31,7 +31,7 @@ def _decode_kernel(
     q = tl.load(
         query + row.to(tl.int64) * stride_query + (head * GROUP + member[:, None]) * DIM + d[None, :], mask=real, other=0.0
     )
-    if SCALED:
+    if cache.dtype.element_ty == tl.float8e4nv:
         # The card converts e4m3 to float16 in one instruction, to bf16 in several; codes fit float16 without loss.
         q = q.to(tl.float16)
     per_split = tl.cdiv(tl.cdiv(length, TILE), SPLITS) * TILE

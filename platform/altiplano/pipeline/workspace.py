@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from altiplano import spec
+if TYPE_CHECKING:
+    from altiplano import spec
 
 # The driver's first line on standard output, once it holds the workspace.
 READY = "ready"
@@ -34,7 +35,7 @@ class Workspace:
     run: str
 
     @classmethod
-    def of(cls, run: spec.Run) -> "Workspace":
+    def of(cls, run: "spec.Run") -> "Workspace":
         """The workspace that a pipeline file names.
 
         Raises:
