@@ -1,8 +1,10 @@
 """Exit codes of the commands, so that scripts can tell a bad file from a bad model."""
 
-from pydantic import ValidationError
-
+from altiplano.cluster.processes import PortBusyError
 from altiplano.pipeline.run import StageError
+from altiplano.pipeline.services import ServiceError
+from altiplano.pipeline.workspace import WorkspaceBusyError
+from altiplano.registry import RegistryUnavailableError
 
 OK = 0
 FAILED = 1  # something broke: the log says what
@@ -11,8 +13,14 @@ NOT_PROMOTED = 3  # the pipeline ran, the gate did not promote the candidate
 UNAVAILABLE = 4  # Ray, MLflow, the object store or the endpoint does not answer
 BUSY = 5  # another pipeline holds the workspace, or a port is taken
 
-# Errors of our packages that the user mends by changing what was written, all of them ValueErrors.
-_USER_ERRORS = (ValueError, ValidationError)
+_CODES: tuple[tuple[type[BaseException], int], ...] = (
+    (PortBusyError, BUSY),
+    (WorkspaceBusyError, BUSY),
+    (RegistryUnavailableError, UNAVAILABLE),
+    (ServiceError, UNAVAILABLE),
+    # Our packages raise ValueErrors for what the user mends by changing what was written.
+    (ValueError, BAD_INPUT),
+)
 
 
 def finish(error: StageError | None) -> int:
@@ -21,12 +29,8 @@ def finish(error: StageError | None) -> int:
         return NOT_PROMOTED
     cause: BaseException | None = error.cause
     while cause is not None:
-        name = type(cause).__name__
-        if name in ("PortBusyError", "WorkspaceBusyError"):
-            return BUSY
-        if name in ("RegistryUnavailable", "ServiceError"):
-            return UNAVAILABLE
-        if isinstance(cause, _USER_ERRORS):
-            return BAD_INPUT
+        for kind, code in _CODES:
+            if isinstance(cause, kind):
+                return code
         cause = cause.__cause__
     return FAILED

@@ -3,7 +3,7 @@
 May import: spec, data, models, engine, fastapi, ray.serve, msgspec. Must never know: MLflow, training.
 """
 
-from altiplano.serve.deployment import deploy, undeploy
+from altiplano.serve.deployment import deploy, is_serving, undeploy
 from altiplano.serve.settings import ServeSettings
 
-__all__ = ["ServeSettings", "deploy", "undeploy"]
+__all__ = ["ServeSettings", "deploy", "is_serving", "undeploy"]

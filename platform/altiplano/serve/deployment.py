@@ -131,6 +131,11 @@ def _why(status: Any) -> str:
     return "" if status is None else "; ".join(filter(None, (status.message, *(d.message for d in status.deployments.values()))))
 
 
+def is_serving() -> bool:
+    """Whether this cluster already listens for HTTP: then the port is taken by ourselves."""
+    return bool(serve.status().proxies)
+
+
 def undeploy() -> None:
     """Take the endpoint down."""
     serve.delete(APPLICATION)

@@ -6,13 +6,14 @@ from typing import Any
 import httpx
 
 from altiplano import spec
+from altiplano.cluster.processes import require_free
 from altiplano.data import Prepared
 from altiplano.models.loading import resolve_model_path
 from altiplano.models.manifest import verify_manifest
 from altiplano.pipeline.context import Context, Stage
 from altiplano.pipeline.ledger import Outputs, Record
 from altiplano.registry import ModelRegistry
-from altiplano.serve import ServeSettings, deploy
+from altiplano.serve import ServeSettings, deploy, is_serving
 
 CHAMPION = "champion"
 ANSWER_TIMEOUT_S = 60.0
@@ -38,6 +39,8 @@ def _run(context: Context) -> Outputs:
     adapter = registry.download(name, champion.version, context.workspace.stage_dir("deploy") / f"{name}-{champion.version}")
     context.progress("deploy", f"{name} version {champion.version} on {pipeline.serve.host}:{pipeline.serve.port}")
     digest = context.outputs("data")["template_digest"]
+    if not is_serving():
+        require_free(pipeline.serve.host, pipeline.serve.port, "serve.port")
     deploy(_settings(pipeline, f"{name}-{champion.version}", str(adapter), digest), pipeline.serve)
     url = f"http://{pipeline.serve.host}:{pipeline.serve.port}/v1"
     question, answer = _ask(url, context)
