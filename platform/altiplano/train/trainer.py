@@ -190,7 +190,8 @@ def build_trainer(
         save_total_limit=2,
         report_to=[],
         use_cpu=device == "cpu",
-        bf16=False,
+        # Adapters are float32 master copies: without autocast their products would run in float32 on the GPU.
+        bf16=device == "cuda" and pipeline.model.dtype == "bfloat16",
         optim="adamw_torch_fused" if device == "cuda" else "adamw_torch",
         activation_checkpointing=training.gradient_checkpointing,
         gradient_checkpointing=False,
