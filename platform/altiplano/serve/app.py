@@ -1,28 +1,22 @@
 """The HTTP application: routes, limits, errors."""
 
-import json
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from altiplano import __version__
-from altiplano.serve.engine_client import EngineDiedError, RefusedError
+from altiplano.serve.api import add_api
+from altiplano.serve.engine_client import EngineDiedError
 from altiplano.serve.errors import ApiError
 from altiplano.serve.generation import Generator
-from altiplano.serve.protocol import ChatRequest, CompletionRequest
-from altiplano.serve.responses import as_api_error, events, whole
 
-UNKNOWN_FIELDS = "x-altiplano-unknown-fields"
 HEALTH_TIMEOUT_S = 10.0
-T = TypeVar("T", bound=BaseModel)
 
 
 class _Metrics:
@@ -77,23 +71,9 @@ def create_app(make_generator: Callable[[], Generator], max_body_bytes: int = 2 
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _first_problem(error.errors()).response()
+        return ApiError.from_problems(error.errors()).response()
 
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request) -> Response:
-        generator, body = make_generator(), await _body(request, ChatRequest)
-        return await _answer(generator, body, [generator.chat_prompt(body)])
-
-    @app.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        generator, body = make_generator(), await _body(request, CompletionRequest)
-        return await _answer(generator, body, generator.completion_prompts(body))
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        generator = make_generator()
-        entries = [{"id": name, "object": "model", "created": 0, "owned_by": "altiplano"} for name in generator.model_names()]
-        return {"object": "list", "data": entries}
+    add_api(app, make_generator)
 
     @app.get("/health")
     async def health() -> Response:
@@ -120,43 +100,3 @@ def create_app(make_generator: Callable[[], Generator], max_body_bytes: int = 2 
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return app
-
-
-async def _answer(generator: Generator, body: ChatRequest | CompletionRequest, prompts: list[list[int]]) -> Response:
-    # What would be refused is refused before the first byte, so that the status can say so.
-    generator.adapter_of(body.model)
-    for prompt in prompts:
-        generator.sampling(body, len(prompt))
-    headers = {UNKNOWN_FIELDS: ",".join(body.unknown)} if body.unknown else {}
-    if body.stream:
-        return StreamingResponse(events(generator, body, prompts), media_type="text/event-stream", headers=headers)
-    try:
-        return JSONResponse(await whole(generator, body, prompts), headers=headers)
-    except (RefusedError, EngineDiedError) as error:
-        raise as_api_error(error) from error
-
-
-async def _body(request: Request, kind: type[T]) -> T:
-    """The checked body. NaN and Infinity, which Python's JSON would take, are refused."""
-    try:
-        values = json.loads(await request.body(), parse_constant=_no_constants)
-    except ValueError as error:
-        raise ApiError(400, f"the body is not JSON ({error})") from error
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise _first_problem(error.errors()) from error
-
-
-def _no_constants(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _first_problem(problems: Any) -> ApiError:
-    first = problems[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return ApiError(
-        400,
-        f"{where}: {first['msg'].removeprefix('Value error, ')}" if where else first["msg"].removeprefix("Value error, "),
-        param=where or None,
-    )

@@ -22,6 +22,14 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
 
+    @classmethod
+    def from_problems(cls, problems: Any) -> "ApiError":
+        """400 for the first of pydantic's findings, in its words, at the field's name."""
+        first = problems[0]
+        where = ".".join(str(part) for part in first["loc"])
+        said = first["msg"].removeprefix("Value error, ")
+        return cls(400, f"{where}: {said}" if where else said, param=where or None)
+
     def body(self) -> dict[str, Any]:
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
