@@ -26,6 +26,7 @@ class TokenOutput:
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish_reason: str | None = None  # stop, length or abort
     num_cached_tokens: int = 0
+    prompt_logprobs: tuple[float, ...] = ()  # of prompt tokens 1, 2, …; with the first output, when they were asked for
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,16 @@ class Engine:
     def has_unfinished(self) -> bool:
         return bool(self._requests or self._news)
 
+    def allow(self, request_id: str, allowed: bytes) -> None:
+        """Say which token a structured request may draw next: bit i % 8 of byte i // 8 for token i. Unknown ids are ignored."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            request.allowed = allowed
+
+    def is_blocked(self) -> bool:
+        """Whether a step would compute nothing before the next `allow`, `abort` or `add_request`."""
+        return not self._news and all(request.blocked for request in self._requests.values())
+
     def step(self) -> list[TokenOutput]:
         """Compute one step and return its news."""
         news, self._news = self._news, []
@@ -138,6 +149,7 @@ class Engine:
             request.prompt_logprobs += drawn.prompt_logprobs
             self._scheduler.advance(request, chunk, drawn.token)
             if drawn.token is not None:
+                request.allowed = None
                 news.append(self._book(request, drawn))
         if self.config.debug:
             self._scheduler.check()
@@ -247,7 +259,8 @@ class Engine:
         if reason is not None:
             self._scheduler.finish(request, reason)
             del self._requests[request.request_id]
-        return TokenOutput(request.request_id, token, drawn.logprob, drawn.top, reason, request.num_cached_tokens)
+        prompt = tuple(request.prompt_logprobs) if request.num_generated <= 1 else ()
+        return TokenOutput(request.request_id, token, drawn.logprob, drawn.top, reason, request.num_cached_tokens, prompt)
 
     def _ends(self, params: SamplingParams, token: int) -> bool:
         return token in params.stop_token_ids or (not params.ignore_eos and token in self.runner.eos_token_ids)

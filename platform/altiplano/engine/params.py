@@ -10,6 +10,7 @@ class SamplingParams:
 
     `logprobs`: how many of the most likely tokens to report beside each chosen one (0: the chosen one only, None: nothing).
     `prompt_logprobs`: report the log-probability of every prompt token after the first.
+    `structured`: a token is drawn only from a set that the caller names before each step (`Engine.allow`).
 
     Raises:
         ValueError: a value out of range or not finite; the message names the field.
@@ -30,6 +31,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    structured: bool = False
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -49,6 +51,10 @@ class SamplingParams:
             _check("seed", self.seed, -(2**63) <= self.seed < 2**63, "a 64-bit integer")
         if self.logprobs is not None:
             _check("logprobs", self.logprobs, 0 <= self.logprobs <= 20, "between 0 and 20")
+        if self.structured and (self.min_tokens or self.ignore_eos):
+            raise ValueError(
+                "min_tokens and ignore_eos do not go with structured output: its grammar decides where an answer ends"
+            )
         for token, bias in (self.logit_bias or {}).items():
             _check(f"logit_bias[{token}]", bias, math.isfinite(bias) and -100 <= bias <= 100, "between -100 and 100")
 

@@ -5,7 +5,8 @@
        └──────preempted──────┘   (pages given up; computed again later, from the prefix cache where it still holds them)
 
 A request only has known tokens (prompt and answer so far) and computed ones (whose keys and values are cached). Prefill,
-chunks, prefix hits and preemption are all the same: computed chases known.
+chunks, prefix hits and preemption are all the same: computed chases known. A structured request keeps its place and its
+pages, but computes nothing until the set of tokens that may come next is there.
 """
 
 from dataclasses import dataclass, field
@@ -42,6 +43,12 @@ class Request:
     slot: int | None = None
     prompt_logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None
+    allowed: bytes | None = None  # of a structured request: a bit per token that may come next, lowest bit first
+
+    @property
+    def blocked(self) -> bool:
+        """Whether nobody has said yet which token may come next."""
+        return self.params.structured and self.allowed is None
 
     @property
     def num_generated(self) -> int:

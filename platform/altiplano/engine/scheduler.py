@@ -34,6 +34,7 @@ class Chunk:
     adapter: str | None
     history: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     next_tokens: tuple[int, ...] = ()  # the known token after each of `tokens`, filled when their log-probabilities are asked for
+    allowed: bytes | None = None  # of a structured request: a bit per token that may be drawn
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,15 @@ class Scheduler:
         self.waiting.sort(key=lambda r: r.order)
 
     def plan(self) -> StepPlan:
-        """Choose the tokens of the next step and reserve their pages. Empty only when there are no requests."""
+        """Choose the tokens of the next step and reserve their pages. Empty only when no request is there or all are blocked."""
         budget, chunks, preempted = self.budget, list[Chunk](), list[str]()
         self.running.sort(key=lambda r: r.order)
         index = 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
+            if request.blocked:
+                index += 1
+                continue
             n = min(len(request.tokens) - request.num_computed, budget)
             while not self._reserve(request, n):
                 victim = self.running[-1]
@@ -128,14 +132,16 @@ class Scheduler:
 
     def _admit(self, budget: int, chunks: list[Chunk]) -> int:
         while self.waiting and budget > 0 and self._slots:
-            request = self.waiting[0]
+            request = next((r for r in self.waiting if not r.blocked), None)
+            if request is None:
+                break
             self._match_prefix(request)
             n = min(len(request.tokens) - request.num_computed, budget)
             if not self._reserve(request, n):
                 self.pool.release(request.pages)
                 request.pages, request.num_computed = [], 0
                 break
-            self.waiting.pop(0)
+            self.waiting.remove(request)
             request.state, request.slot = State.RUNNING, self._slots.pop()
             self.running.append(request)
             chunks.append(self._chunk(request, n))
@@ -207,6 +213,7 @@ class Scheduler:
             request.adapter,
             history,
             following,
+            request.allowed,
         )
 
 

@@ -8,6 +8,7 @@ from altiplano.engine.adapters import Adapter, load_adapter
 from altiplano.engine.config import EngineConfig, read_config
 from altiplano.engine.cpu.model import Batch, Llama
 from altiplano.engine.errors import AdapterError
+from altiplano.engine.masks import forbid
 from altiplano.engine.runner import Drawn
 from altiplano.engine.scheduler import Chunk, StepPlan
 from altiplano.engine.weights import load_weights, random_weights
@@ -123,9 +124,8 @@ class CpuRunner:
         return [_report(chunk, token, logprobs[row]) for row, (chunk, token) in enumerate(zip(chunks, chosen, strict=True))]
 
     def _process(self, chunks: list[Chunk], logits: torch.Tensor) -> torch.Tensor:
-        """Penalties, bias and the ban of end tokens before min_tokens; the logits themselves when nobody asks."""
-        changed = [c for c in chunks if c.params.penalized or c.params.logit_bias or c.generated < c.params.min_tokens]
-        if not changed:
+        """Penalties, bias, the ban of end tokens before min_tokens, and of all tokens outside a set; the logits themselves when nobody asks."""
+        if not any(c.params.penalized or c.params.logit_bias or c.allowed or c.generated < c.params.min_tokens for c in chunks):
             return logits
         logits = logits.clone()
         rows = [i for i, chunk in enumerate(chunks) if chunk.history is not None]
@@ -142,6 +142,7 @@ class CpuRunner:
                 logits[row, token] += bias
             if chunk.generated < chunk.params.min_tokens:
                 logits[row, [*self.eos_token_ids, *chunk.params.stop_token_ids]] = float("-inf")
+        forbid(logits, [chunk.allowed for chunk in chunks])
         return logits
 
 

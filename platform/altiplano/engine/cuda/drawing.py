@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from altiplano.engine.masks import forbid
 from altiplano.engine.params import SamplingParams
 from altiplano.engine.runner import Drawn
 from altiplano.engine.scheduler import Chunk
@@ -14,7 +15,9 @@ def is_plain(params: SamplingParams, generated: int) -> bool:
     """Whether the graph's own draw (greedy or tempered, no filter, nothing to report) serves the request."""
     filtered = not params.greedy and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
     reported = params.logprobs is not None or (params.prompt_logprobs and generated == 0)
-    return not (filtered or reported or params.penalized or params.logit_bias or generated < params.min_tokens)
+    return not (
+        filtered or reported or params.penalized or params.logit_bias or params.structured or generated < params.min_tokens
+    )
 
 
 def draw(chunks: Sequence[Chunk], logits: torch.Tensor, eos: tuple[int, ...]) -> list[Drawn]:
@@ -53,7 +56,7 @@ def prompt_logprobs(chunk: Chunk, logits: torch.Tensor) -> tuple[float, ...]:
 
 def _process(chunks: Sequence[Chunk], logits: torch.Tensor, eos: tuple[int, ...]) -> torch.Tensor:
     """Penalties, bias and the ban of end tokens before min_tokens; the logits themselves when nobody asks."""
-    if not any(c.params.penalized or c.params.logit_bias or c.generated < c.params.min_tokens for c in chunks):
+    if not any(c.params.penalized or c.params.logit_bias or c.allowed or c.generated < c.params.min_tokens for c in chunks):
         return logits
     logits = logits.clone()
     for row, chunk in enumerate(chunks):
@@ -67,6 +70,7 @@ def _process(chunks: Sequence[Chunk], logits: torch.Tensor, eos: tuple[int, ...]
             logits[row, token] += bias
         if chunk.generated < params.min_tokens:
             logits[row, [*eos, *params.stop_token_ids]] = float("-inf")
+    forbid(logits, [chunk.allowed for chunk in chunks])
     return logits
 
 
