@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ValidationError
 
+from altiplano.serve.call import current_call
 from altiplano.serve.engine_client import EngineDiedError, RefusedError
 from altiplano.serve.errors import ApiError
 from altiplano.serve.generation import Generator
@@ -52,6 +53,9 @@ async def read_body(request: Request, kind: type[T]) -> T:
         raise ApiError(400, "the body is nested too deeply: flatten it") from error
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON ({error})") from error
+    call = current_call()
+    if call is not None:
+        call.check_values(values)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -63,6 +67,9 @@ async def _answer(generator: Generator, body: ChatRequest | CompletionRequest, p
     generator.adapter_of(body.model)
     for prompt in prompts:
         generator.sampling(body, len(prompt))
+    call = current_call()
+    if call is not None:
+        call.admit(body.model, sum(map(len, prompts)), len(prompts) * body.n)
     headers = {UNKNOWN_FIELDS: _listed(body.unknown)} if body.unknown else {}
     if body.stream:
         return StreamingResponse(await _begun(events(generator, body, prompts)), media_type="text/event-stream", headers=headers)

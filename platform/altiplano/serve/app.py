@@ -1,68 +1,55 @@
 """The HTTP application: routes, limits, errors."""
 
-import time
-import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 
-from altiplano import __version__
+from altiplano import __version__, spec
 from altiplano.serve.api import add_api
+from altiplano.serve.call import current_call
+from altiplano.serve.connection import Connection
 from altiplano.serve.engine_client import EngineDiedError
 from altiplano.serve.errors import ApiError
+from altiplano.serve.gate import Gate
 from altiplano.serve.generation import Generator
+from altiplano.serve.governance import Governance
+from altiplano.serve.observability import add_observability
+from altiplano.serve.replay import Replay
+from altiplano.serve.routes import undeclared
 
 HEALTH_TIMEOUT_S = 10.0
 
 
-class _Metrics:
-    """Prometheus metrics of one front end."""
+def create_app(make_generator: Callable[[], Generator], governance: Governance | None = None) -> FastAPI:
+    """The application. `make_generator` is called per request: while the engine starts it raises ApiError.
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.requests = Counter("altiplano_requests", "HTTP requests", ["route", "status"], registry=self.registry)
-        self.seconds = Histogram(
-            "altiplano_request_seconds", "Time to the last byte of a response's head", ["route"], registry=self.registry
-        )
-        self.engine = {
-            name: Gauge(f"altiplano_{name}", text, registry=self.registry)
-            for name, text in {
-                "num_running": "Requests in the engine",
-                "num_waiting": "Requests waiting for the engine",
-                "kv_cache_usage": "Share of KV pages in use",
-                "prompt_tokens": "Prompt tokens so far",
-                "generation_tokens": "Generated tokens so far",
-                "cached_tokens": "Prompt tokens found in the prefix cache so far",
-                "preemptions": "Preempted requests so far",
-            }.items()
-        }
+    Without a governance of its own it has the defaults of the pipeline file's `serve`: no keys, this machine only.
 
-
-def create_app(make_generator: Callable[[], Generator], max_body_bytes: int = 2 << 20) -> FastAPI:
-    """The application. `make_generator` is called per request, because Ray Serve makes the application before the engine."""
+    Raises:
+        RuntimeError: a route that the table of routes does not have.
+    """
+    governance = governance or Governance.of(spec.Serve())
     app = FastAPI(title="Altiplano", version=__version__, docs_url=None, redoc_url=None)
-    metrics = _Metrics()
 
-    @app.middleware("http")
-    async def frame(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        started = time.perf_counter()
-        length = request.headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > max_body_bytes:
-            response: Response = ApiError(413, f"the body has {length} bytes, more than {max_body_bytes}: shorten it").response()
-        else:
-            response = await call_next(request)
-        response.headers["x-request-id"] = request.headers.get("x-request-id", uuid.uuid4().hex)[:128]
-        route = getattr(request.scope.get("route"), "path", "unknown")
-        metrics.requests.labels(route, response.status_code).inc()
-        metrics.seconds.labels(route).observe(time.perf_counter() - started)
-        return response
+    def weights_of(model: str) -> str | None:
+        try:
+            return make_generator().adapter_of(model) or "base"
+        except ApiError:
+            return None
+
+    # The last one added is the outermost.
+    app.add_middleware(Replay, governance=governance, weights_of=weights_of)
+    app.add_middleware(Connection, governance=governance)
+    app.add_middleware(Gate, governance=governance)
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> JSONResponse:
+        call = current_call()
+        if call is not None:
+            call.error = error.code
         return error.response()
 
     @app.exception_handler(HTTPException)
@@ -88,15 +75,8 @@ def create_app(make_generator: Callable[[], Generator], max_body_bytes: int = 2 
     async def version() -> dict[str, str]:
         return {"version": __version__}
 
-    @app.get("/metrics")
-    async def prometheus() -> Response:
-        try:
-            stats = await make_generator().client.stats(HEALTH_TIMEOUT_S)
-        except (TimeoutError, EngineDiedError):
-            stats = {}
-        for name, gauge in metrics.engine.items():
-            if name in stats:
-                gauge.set(stats[name])
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
+    add_observability(app, governance, make_generator)
+    missing = undeclared(app.routes)
+    if missing:
+        raise RuntimeError(f"routes without a scope: add {', '.join(missing)} to TABLE in serve/routes.py")
     return app

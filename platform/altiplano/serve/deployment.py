@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fastapi import FastAPI
 from ray import serve
 from ray.serve.schema import ApplicationStatus
 from tokenizers import Tokenizer
@@ -12,9 +13,13 @@ from altiplano import spec
 from altiplano.data.templates import ChatTemplate
 from altiplano.models.manifest import verify_manifest
 from altiplano.serve.app import create_app
-from altiplano.serve.engine_client import EngineClient, EngineDiedError
+from altiplano.serve.engine_client import EngineDiedError
 from altiplano.serve.errors import ApiError
 from altiplano.serve.generation import Generator
+from altiplano.serve.governance import Governance
+from altiplano.serve.keys import KeyFile, KeyRing
+from altiplano.serve.logs import write_json_lines
+from altiplano.serve.metering import MeteredEngineClient
 from altiplano.serve.settings import ServeSettings
 
 APPLICATION = "altiplano"
@@ -33,7 +38,7 @@ async def make_generator(settings: ServeSettings) -> Generator:
         RuntimeError: the engine did not start.
     """
     template = _checked_template(settings)
-    client = EngineClient(settings)
+    client = MeteredEngineClient(settings)
     await client.start()
     for name, path in settings.adapters.items():
         await client.load_adapter(name, path)
@@ -46,6 +51,7 @@ class _Process:
     lives in this module."""
 
     generator: Generator | None = None
+    governance: Governance | None = None
 
 
 def current() -> Generator:
@@ -59,12 +65,20 @@ def current() -> Generator:
     return _Process.generator
 
 
-@serve.deployment(name="endpoint")
-@serve.ingress(create_app(current))
-class Endpoint:
-    """One replica. `settings` are those of ServeSettings."""
+def build_app() -> FastAPI:
+    """The application of a replica; Ray Serve calls it in the replica's process, after `Endpoint.__init__`."""
+    assert _Process.governance is not None
+    return create_app(current, _Process.governance)
 
-    async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+
+@serve.deployment(name="endpoint")
+@serve.ingress(build_app)
+class Endpoint:
+    """One replica. `settings` are those of ServeSettings, `endpoint` those of the pipeline file's `serve`."""
+
+    async def __init__(self, settings: dict[str, Any], endpoint: dict[str, Any]) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+        write_json_lines()
+        _Process.governance = Governance.of(spec.Serve.model_validate(endpoint))
         _Process.generator = await make_generator(ServeSettings(**settings))
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -90,11 +104,14 @@ def deploy(settings: ServeSettings, endpoint: spec.Serve) -> None:
 
     Raises:
         ManifestError: an adapter is damaged.
+        KeyFileError: the key file is missing, damaged or empty.
         DeployError: the application did not come up; the message is its own.
     """
     for path in settings.adapters.values():
         verify_manifest(Path(path))
     _checked_template(settings)
+    if endpoint.api_keys_file is not None:
+        KeyRing(KeyFile(Path(endpoint.api_keys_file)))
     # Adapters and aliases go through user_config: a change of those alone needs no new replica where Serve is driven by config.
     fixed = asdict(settings) | {"adapters": {}, "aliases": {}}
     serve.start(http_options={"host": endpoint.host, "port": endpoint.port}, proxy_location="HeadOnly")
@@ -107,7 +124,7 @@ def deploy(settings: ServeSettings, endpoint: spec.Serve) -> None:
         health_check_timeout_s=HEALTH_TIMEOUT_S + 10,
     )
     try:
-        serve.run(deployment.bind(fixed), name=APPLICATION, route_prefix="/")
+        serve.run(deployment.bind(fixed, endpoint.model_dump(mode="json")), name=APPLICATION, route_prefix="/")
     except RuntimeError as error:
         status = serve.status().applications.get(APPLICATION)
         raise DeployError(f"the endpoint did not come up: {_why(status) or error}") from error

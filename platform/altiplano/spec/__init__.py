@@ -18,9 +18,11 @@ from altiplano.spec.sections import (
     Scaling,
     Section,
     Serve,
+    ServeLimits,
     Tracking,
     Training,
     Tune,
+    is_loopback,
 )
 
 __all__ = [
@@ -38,7 +40,9 @@ __all__ = [
     "Scaling",
     "Section",
     "Serve",
+    "ServeLimits",
     "Tracking",
     "Training",
     "Tune",
+    "is_loopback",
 ]

@@ -3,6 +3,7 @@
 Each field says what it trades. Unknown keys are errors; values never change after validation.
 """
 
+from ipaddress import ip_address
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -182,6 +183,25 @@ class Tracking(Section):
     registered_model_name: Name | None = Field(None, description="null: run.name.")
 
 
+class ServeLimits(Section):
+    """What one client may ask of one replica. Beyond a limit: 400, 413, 408, or 429 with Retry-After."""
+
+    requests_per_minute: int | None = Field(None, ge=1, description="Of a key that has no limit of its own; null: any number.")
+    tokens_per_minute: int | None = Field(None, ge=1, description="Prompt and generated tokens of such a key.")
+    max_concurrency: int | None = Field(None, ge=1, description="Requests of such a key at the same time.")
+    max_queued_seqs: int = Field(256, ge=0, description="Answers that may wait beyond max_num_seqs: more hides overload longer.")
+    max_body_bytes: int = Field(2 << 20, ge=1024)
+    max_header_bytes: int = Field(16 << 10, ge=1024)
+    max_json_depth: int = Field(48, ge=4)
+    max_json_values: int = Field(1 << 18, ge=16, description="Values in one body; a prompt of token ids has one for each.")
+    max_schema_depth: int = Field(24, ge=1, description="Levels of a JSON schema, as it is written.")
+    max_schema_values: int = Field(4096, ge=1)
+    body_timeout_s: float = Field(30.0, gt=0, description="A client that sends its body slower than this is refused.")
+    stalled_client_timeout_s: float = Field(
+        60.0, gt=0, description="A client that takes nothing for this long is cut off; its answer and pages are freed."
+    )
+
+
 class Serve(Section):
     """The endpoint, under vLLM's names."""
 
@@ -197,6 +217,32 @@ class Serve(Section):
         65536, ge=32, description="Size of the KV cache in tokens (on a CPU; on a GPU: what memory allows)."
     )
     enable_prefix_caching: bool = True
+    api_keys_file: str | None = Field(None, description="File of `altiplano keys`. null: no keys, and a loopback host only.")
+    limits: ServeLimits = ServeLimits()
+    response_cache_bytes: int = Field(
+        0, ge=0, description="Memory for answers to identical greedy requests of one key; 0: every request is computed."
+    )
+    usd_per_hour: float | None = Field(None, ge=0, description="Price of one replica, for the cost per key and model.")
+    otlp_endpoint: str | None = Field(None, description="Where traces go (OTLP over HTTP); null: no traces.")
+
+    @model_validator(mode="after")
+    def _guarded(self) -> "Serve":
+        if self.api_keys_file is None and not is_loopback(self.host):
+            raise ValueError(
+                f"serve.host is {self.host!r}, which others can reach, and there are no API keys: make one with `altiplano keys create`"
+                " and set serve.api_keys_file, or set serve.host to 127.0.0.1"
+            )
+        return self
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host` (a name or an address)."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 class Pipeline(Section):

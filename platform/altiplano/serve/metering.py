@@ -1,0 +1,105 @@
+"""What passes between front end and engine, counted: tokens against quotas, latencies, prefix hits, cost."""
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from altiplano.serve import messages as m
+from altiplano.serve.call import Call, current_call
+from altiplano.serve.engine_client import EngineClient
+
+BASE = "base"
+
+
+class MeteredEngineClient(EngineClient):
+    """An engine client that counts every answer for the call it belongs to, and keeps the keys' cached prefixes apart."""
+
+    async def generate(self, request_id: str, prompt: list[int], sampling: m.Sampling, **more: Any) -> AsyncIterator[m.Token]:
+        call = current_call()
+        if call is None:
+            async with aclosing(super().generate(request_id, prompt, sampling, **more)) as plain:  # type: ignore[type-var]
+                async for token in plain:
+                    yield token
+            return
+        # A prefix hit is faster than a miss: with one cache for all, a key could find out what another one asks.
+        more.setdefault("namespace", call.key.id if call.key else "")
+        answer = Answer(call, more.get("adapter"), len(prompt))
+        try:
+            async with aclosing(super().generate(request_id, prompt, sampling, **more)) as tokens:  # type: ignore[type-var]
+                async for token in tokens:
+                    answer.saw(token)
+                    yield token
+        finally:
+            answer.end()
+
+
+class Answer:
+    """One answer being generated. Begins with its construction; `end` must follow."""
+
+    __slots__ = (
+        "_call",
+        "_clock",
+        "_count",
+        "_first",
+        "_labels",
+        "_last",
+        "_ledger",
+        "_metrics",
+        "_prompt",
+        "_reason",
+        "_tokens",
+    )
+
+    def __init__(self, call: Call, adapter: str | None, prompt_tokens: int) -> None:
+        governance = call.governance
+        self._call, self._clock, self._ledger = call, governance.clock, governance.ledger
+        call.arm = adapter or BASE
+        self._labels = call.labels(call.arm)
+        self._metrics = governance.metrics.of(self._labels)
+        self._tokens = call.quota.tokens if call.quota else None
+        self._prompt, self._count = prompt_tokens, 0
+        self._reason: str | None = None
+        self._first = self._last = 0.0
+        self._ledger.begin(self._labels, self._clock())
+
+    def saw(self, token: m.Token) -> None:
+        """News from the engine."""
+        now = self._clock()
+        if token.finish_reason is not None:
+            self._reason = token.finish_reason
+        if token.token_id is None:
+            return
+        if self._count == 0:
+            self._begin(token, now)
+        else:
+            self._metrics.inter_token.observe(now - self._last)
+        self._count += 1
+        self._last = now
+        self._metrics.generation_tokens.inc()
+        self._ledger.token(self._labels)
+        self._call.generation_tokens += 1
+        if self._tokens is not None:
+            self._tokens.take(1)
+
+    def end(self) -> None:
+        """The engine is done, or nobody waits any more."""
+        call, metrics = self._call, self._metrics
+        self._ledger.end(self._clock())
+        if self._reason is None or self._reason == "abort":
+            return
+        metrics.finished(self._reason)
+        metrics.end_to_end.observe(self._last - call.started)
+        if self._count > 1:
+            metrics.per_output_token.observe((self._last - self._first) / (self._count - 1))
+        call.finish_reasons.append(self._reason)
+
+    def _begin(self, token: m.Token, now: float) -> None:
+        call, metrics = self._call, self._metrics
+        self._first = now
+        call.first_token = now if call.first_token is None else call.first_token
+        call.cached_tokens += token.num_cached_tokens
+        metrics.first_token.observe(now - call.started)
+        metrics.prompt_tokens.inc(self._prompt)
+        metrics.cache_queries.inc(self._prompt)
+        metrics.cache_hits.inc(token.num_cached_tokens)
+        self._ledger.prompt(self._labels, self._prompt, token.num_cached_tokens)

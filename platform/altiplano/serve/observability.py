@@ -1,0 +1,38 @@
+"""Routes for who watches: Prometheus's metrics, and what each key has used."""
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from altiplano.serve.call import current_call
+from altiplano.serve.cost import report
+from altiplano.serve.engine_client import EngineDiedError
+from altiplano.serve.generation import Generator
+from altiplano.serve.governance import Governance
+from altiplano.serve.keys import Scope
+
+STATS_TIMEOUT_S = 10.0
+
+
+def add_observability(app: FastAPI, governance: Governance, make_generator: Callable[[], Generator]) -> None:
+    """Add /metrics and /v1/usage to `app`."""
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Everything that is known; without the engine's own numbers while it does not answer."""
+        client = make_generator().client
+        try:
+            stats = await client.stats(STATS_TIMEOUT_S)
+        except (TimeoutError, EngineDiedError):
+            stats = None
+        governance.metrics.set_engine(stats, client.restarts)
+        return Response(governance.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/usage")
+    async def usage() -> dict[str, Any]:
+        """Tokens and cost by model, arm and key: a user's own, an administrator's everything."""
+        call = current_call()
+        own = call.key_id if call is not None and call.key is not None and call.key.scope is not Scope.admin else None
+        return report(governance.ledger, governance.clock(), own)
