@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from altiplano import spec
@@ -68,11 +68,13 @@ def load_base(model: spec.Model, device: str) -> Any:
     return made
 
 
-def attach_lora(base: Any, lora: spec.Lora, seed: int, *, quantized: bool) -> Any:
-    """`base` with a fresh adapter; the same for the same seed. Only the adapter learns."""
+def attach_lora(base: Any, lora: spec.Lora, seed: int) -> Any:
+    """`base`, in 4 bits or not, with a fresh adapter; the same for the same seed. Only the adapter learns.
+
+    A 4-bit base keeps its embeddings and norms as loaded: PEFT's `prepare_model_for_kbit_training` would make them, and with
+    them the residual stream, float32, which costs a third of the speed and 11 GB at 8 x 2 048 tokens of the 1B.
+    """
     torch.manual_seed(seed)
-    if quantized:
-        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     settings = lora.model_dump()
     if not isinstance(settings["target_modules"], str):
         settings["target_modules"] = list(settings["target_modules"])

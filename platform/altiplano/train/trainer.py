@@ -170,7 +170,7 @@ def build_trainer(
     training, device = pipeline.training, "cuda" if pipeline.scaling.use_gpu else "cpu"
     schedule = make_schedule(pipeline, examples, total_tokens)
     base = load_base(pipeline.model, f"cuda:{torch.cuda.current_device()}" if device == "cuda" else "cpu")
-    model = attach_lora(base, pipeline.lora, training.seed, quantized=pipeline.model.load_in_4bit)
+    model = attach_lora(base, pipeline.lora, training.seed)
     warmup = max(1, round(training.warmup_ratio * len(schedule))) if training.warmup_ratio else 0
     arguments = SFTConfig(
         output_dir=str(output_dir),
