@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-PAGES = (ROOT / "README.md", ROOT / "docs/benchmarks.md")
+PAGES = {ROOT / "README.md": ("engine",), ROOT / "docs/benchmarks.md": ("engine", "training")}
+
+
+RUNS = {"engine": "at least 3 runs each", "training": "medians of single steps"}
 
 
 def records(suite: str) -> list[dict[str, Any]]:
@@ -21,30 +23,30 @@ def records(suite: str) -> list[dict[str, Any]]:
     return found
 
 
-def engine_table() -> str:
-    """One row per workload, model and variant; one column per system."""
-    rows = records("engine")
+def table(suite: str) -> str:
+    """One row per workload, model, variant and unit; one column per system."""
+    rows = records(suite)
     systems = list(dict.fromkeys(r["system"] for r in rows))
     cells: dict[tuple[str, str, str, str], dict[str, str]] = {}
     for r in rows:
         shown = f"{r['value']:,.0f}" if r["value"] >= 1000 else f"{r['value']:.3g}"
-        spread = f" ({r['min']:,.6g} to {r['max']:,.6g})"
+        spread = f" ({r['min']:,.6g} to {r['max']:,.6g})" if r["min"] < r["max"] else ""
         cells.setdefault((r["workload"], r["model"], r["variant"], r["unit"]), {})[r["system"]] = shown + spread
     lines = ["| workload | model | variant | unit | " + " | ".join(systems) + " |", "|---|---|---|---|" + "---|" * len(systems)]
     lines += ["| " + " | ".join([*key, *(by.get(s, "") for s in systems)]) + " |" for key, by in cells.items()]
     hardware = ", ".join(sorted({r["hardware"] for r in rows}))
-    return (
-        "\n".join([*lines, "", f"Median (range) of at least {min(r['runs'] for r in rows)} runs on {hardware}, random weights."])
-        if rows
-        else ""
-    )
+    return "\n".join([*lines, "", f"Median (range) on {hardware}, random weights; {RUNS[suite]}."]) if rows else ""
 
 
 def rewritten(page: Path) -> str:
-    """The text of a page with the table as the results say."""
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{engine_table()}\n{END}{after}"
+    """The text of a page with its tables as the results say."""
+    text = page.read_text()
+    for suite in PAGES[page]:
+        begin, end = f"<!-- {suite}: begin -->", f"<!-- {suite}: end -->"
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = f"{before}{begin}\n{table(suite)}\n{end}{after}"
+    return text
 
 
 def main() -> None:

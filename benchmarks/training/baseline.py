@@ -33,9 +33,20 @@ from altiplano.data import EvalRow, Example, Prepared
 from altiplano.data.audit import AuditReport
 
 SHAPES = {
-    "1b": dict(hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64, intermediate_size=8192),
-    "3b": dict(hidden_size=3072, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8, head_dim=128, intermediate_size=8192),
-    "tiny": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=128),
+    "1b": dict(
+        hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64, intermediate_size=8192
+    ),
+    "3b": dict(
+        hidden_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=8192,
+    ),
+    "tiny": dict(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=128
+    ),
 }
 # variant -> (workers, QLoRA, gradient checkpointing)
 VARIANTS = {
@@ -94,7 +105,9 @@ def main() -> None:
         started = time.perf_counter()
         result = fit(pipeline, prepared, work / "runs", sink=StepLog(str(log)), name=name)
         steps = [entry for line in log.read_text().splitlines() if "train/loss" in (entry := json.loads(line))]
-        seconds = [after["time"] - before["time"] for before, after in zip(steps[WARM_STEPS:], steps[WARM_STEPS + 1 :], strict=False)]
+        seconds = [
+            after["time"] - before["time"] for before, after in zip(steps[WARM_STEPS:], steps[WARM_STEPS + 1 :], strict=False)
+        ]
         speeds = [options.rows * options.length * workers / second for second in seconds]
         common = {
             "suite": "training", "workload": f"{options.rows}x{options.length}", "model": options.size, "variant": name,
@@ -102,9 +115,24 @@ def main() -> None:
             "commit": options.commit, "hardware": hardware(workers), "versions": versions(), "date": datetime.date.today().isoformat(),
         }  # fmt: skip
         records += [
-            {**common, "value": statistics.median(speeds), "unit": "tok/s", "higher_is_better": True, "min": min(speeds), "max": max(speeds)},
+            {
+                **common,
+                "value": statistics.median(speeds),
+                "unit": "tok/s",
+                "higher_is_better": True,
+                "min": min(speeds),
+                "max": max(speeds),
+            },
             *(
-                {**common, "value": value, "unit": unit, "higher_is_better": False, "min": value, "max": value, "runs": 1}
+                {
+                    **common,
+                    "value": value,
+                    "unit": unit,
+                    "higher_is_better": False,
+                    "min": value,
+                    "max": value,
+                    "runs": len(steps),
+                }
                 for unit, value in (("GB peak on rank 0", steps[-1]["peak"] / 1e9), ("last loss", result.last_loss))
             ),
         ]
@@ -141,7 +169,12 @@ def make_model(size: str, directory: Path) -> Path:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>", model_max_length=131_072
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_max_length=131_072,
     ).save_pretrained(directory)
     return directory
 
@@ -158,7 +191,9 @@ def make_data(options: argparse.Namespace, workers: int) -> Prepared:
     train = [row() for _ in range(options.rows * workers * options.steps)]
     held = row()
     report = AuditReport((), (), len(train), 1, len(train) * options.length, options.length, 1.0, {options.length: len(train)})
-    return Prepared(train, [held], [EvalRow(1, [], held.input_ids[:1], "", held.input_ids, held.labels)], report, "random", "none")
+    return Prepared(
+        train, [held], [EvalRow(1, [], held.input_ids[:1], "", held.input_ids, held.labels)], report, "random", "none"
+    )
 
 
 def make_pipeline(
