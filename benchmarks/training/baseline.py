@@ -28,25 +28,35 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "platform"), str(ROOT / "kernels")]
 os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])
 
-from altiplano import spec
-from altiplano.data import EvalRow, Example, Prepared
-from altiplano.data.audit import AuditReport
+from altiplano import spec  # noqa: E402
+from altiplano.data import EvalRow, Example, Prepared  # noqa: E402
+from altiplano.data.audit import AuditReport  # noqa: E402
 
 SHAPES = {
-    "1b": dict(
-        hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64, intermediate_size=8192
-    ),
-    "3b": dict(
-        hidden_size=3072,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        num_key_value_heads=8,
-        head_dim=128,
-        intermediate_size=8192,
-    ),
-    "tiny": dict(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=128
-    ),
+    "1b": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "intermediate_size": 8192,
+    },
+    "3b": {
+        "hidden_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 8192,
+    },
+    "tiny": {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 128,
+    },
 }
 # variant -> (workers, QLoRA, gradient checkpointing)
 VARIANTS = {
@@ -218,7 +228,7 @@ def make_pipeline(
 
 def hardware(workers: int) -> str:
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return f"{workers} × {name}" if workers > 1 else str(name)
+    return f"{workers} x {name}" if workers > 1 else str(name)
 
 
 def versions() -> dict[str, str]:
