@@ -114,7 +114,23 @@ def draw_and_advance(
         logits, slots, temperatures, seeds, steps, workspace.values, workspace.ids, vocab, logits.stride(0), workspace.parts,
         CHUNK=CHUNK, BLOCK=BLOCK, PDL=pdl, num_warps=4, **extra,
     )  # fmt: skip
-    _advance_kernel[(rows,)](
-        workspace.values, workspace.ids, slots, tokens, positions, steps, ring, workspace.parts, tokens.shape[0] - 1,
-        PARTS=triton.next_power_of_2(workspace.parts), RING=RING, PDL=pdl, num_warps=1, **extra,
+    advance(workspace.values, workspace.ids, workspace.parts, slots, tokens, positions, steps, ring, pdl)
+
+
+def advance(
+    values: torch.Tensor,
+    ids: torch.Tensor,
+    parts: int,
+    slots: torch.Tensor,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    steps: torch.Tensor,
+    ring: torch.Tensor,
+    pdl: bool = False,
+) -> None:
+    """Make the best of each row's `parts` candidates (values, ids: [rows, parts], lowest id among equals) the slot's last token."""
+    extra = {"launch_pdl": True} if pdl else {}
+    _advance_kernel[(slots.shape[0],)](
+        values, ids, slots, tokens, positions, steps, ring, parts, tokens.shape[0] - 1,
+        PARTS=triton.next_power_of_2(parts), RING=RING, PDL=pdl, num_warps=1, **extra,
     )  # fmt: skip

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+UNROLLED = 8  # steps in one graph of a small bucket: the gap between two graphs costs as much as two kernels there
+UNROLLED_ROWS = 16
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 
 
@@ -21,22 +23,27 @@ class DecodeGraphs:
     def __init__(self, step: Callable[[int], None], prepare: Callable[[int], None]) -> None:
         self._step, self._prepare = step, prepare
         self._pool = torch.cuda.graph_pool_handle()
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
 
     def replay(self, bucket: int, times: int) -> None:
-        """Launch `times` steps; the graph must have been captured by `ensure` before the batch rows were written."""
-        graph = self._graphs[bucket]
+        """Launch `times` steps; the graphs must have been captured by `ensure` before the batch rows were written."""
+        if bucket <= UNROLLED_ROWS:
+            whole, times = divmod(times, UNROLLED)
+            for _ in range(whole):
+                self._graphs[bucket, UNROLLED].replay()
         for _ in range(times):
-            graph.replay()
+            self._graphs[bucket, 1].replay()
 
     def ensure(self, bucket: int) -> None:
         """Capture the bucket if it is new. `prepare(bucket)` must point all rows at scratch: the warm-up really runs."""
-        if bucket in self._graphs:
+        if (bucket, 1) in self._graphs:
             return
         self._prepare(bucket)
         self._step(bucket)
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            self._step(bucket)
-        self._graphs[bucket] = graph
+        for steps in (1, UNROLLED) if bucket <= UNROLLED_ROWS else (1,):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                for _ in range(steps):
+                    self._step(bucket)
+            self._graphs[bucket, steps] = graph

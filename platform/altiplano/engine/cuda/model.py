@@ -40,7 +40,7 @@ class CudaLlama:
         device = str(cache.device)
         positions = torch.arange(slots.width * cache.shape[4])
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        self._cos_sin = torch.cat(cos_sin(positions, frequencies), -1).to(device).contiguous()
+        self.cos_sin = torch.cat(cos_sin(positions, frequencies), -1).to(device).contiguous()
         kv_heads = config.num_key_value_heads
         # The batch whose splits need most room decides.
         need = max(batch * choose_splits(batch, kv_heads) for batch in range(1, max_batch + 1))
@@ -117,7 +117,7 @@ class CudaLlama:
             qkv = x @ layer.qkv.T
             self._add_to_qkv(updates, x, qkv)
             scales = None if self.scales is None else self.scales[index]
-            rope_and_write(qkv, positions, slots_of, self.slots.tables, self._cos_sin, self.cache[index], scales, heads, pdl)
+            rope_and_write(qkv, positions, slots_of, self.slots.tables, self.cos_sin, self.cache[index], scales, heads, pdl)
             mixed = attend(index, qkv)
             after = layers[index + 1].input_norm if index + 1 < len(layers) else self.weights.norm
             if split:

@@ -66,11 +66,13 @@ class OverlappedEngine(Engine):
         scheduler = self._scheduler
         scheduler.running.sort(key=lambda r: r.order)
         flights, budget, preempted = [], scheduler.budget, False
+        # A burst beside a prompt would run at the small batch of those who are there already; one step keeps them going.
+        burst = 1 if self._prompts_follow() else self._burst
         decodes, chunks = [], list[Chunk]()
         for request in list(scheduler.running):
             if request.state is not State.RUNNING:
                 continue  # preempted a moment ago
-            n = self._wanted(request)
+            n = self._wanted(request, burst)
             computing = self._computing(request)
             n = min(n, budget) if computing else n
             if n == 0:
@@ -90,7 +92,7 @@ class OverlappedEngine(Engine):
         if chunks:
             flights += self._launch_chunks(chunks)
         if decodes:
-            flights.append(self._launch_burst(decodes))
+            flights.append(self._launch_burst(decodes, burst))
         if not flights and not chunks:
             return None
         self._steps += 1
@@ -100,12 +102,21 @@ class OverlappedEngine(Engine):
         """Whether known tokens are still to be computed, other than the last one drawn."""
         return request not in self._live and len(request.tokens) - request.num_computed > 1
 
-    def _wanted(self, request: Request) -> int:
+    def _prompts_follow(self) -> bool:
+        """Whether prompts are under way, or one waits that could be admitted."""
+        scheduler = self._scheduler
+        if any(self._computing(request) for request in scheduler.running):
+            return True
+        if not scheduler.waiting or len(scheduler.running) >= self.config.max_num_seqs:
+            return False
+        return scheduler.pool.num_free * self.config.block_size >= len(scheduler.waiting[0].tokens)
+
+    def _wanted(self, request: Request, burst: int) -> int:
         """Tokens to compute next: the rest of the prompt, or a burst up to max_tokens."""
         if self._computing(request):
             return len(request.tokens) - request.num_computed
         left = request.params.max_tokens - request.num_generated - self._ahead.get(request, 0)
-        return max(0, min(self._burst, left))
+        return max(0, min(burst, left))
 
     def _reserve(self, request: Request, n: int) -> bool:
         """Pages for n more tokens; takes them from the last in order if it must. False if anybody was preempted."""
@@ -130,8 +141,8 @@ class OverlappedEngine(Engine):
             self._ahead[request] = self._ahead.get(request, 0) + 1
         return [_Flight(requests, [c.slot for c in drawn], [c.generated for c in drawn], 1)] if drawn else []
 
-    def _launch_burst(self, requests: list[Request]) -> _Flight:
-        times = max(self._wanted(request) for request in requests)
+    def _launch_burst(self, requests: list[Request], burst: int) -> _Flight:
+        times = max(self._wanted(request, burst) for request in requests)
         fresh = [request for request in requests if request not in self._live]
         if fresh:
             self._cuda.launch_state([self._scheduler._chunk(request, 1) for request in fresh])

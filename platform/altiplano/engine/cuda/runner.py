@@ -10,6 +10,7 @@ import torch
 from altiplano.engine.adapters import Adapter, load_adapter
 from altiplano.engine.config import EngineConfig, read_config
 from altiplano.engine.cuda import drawing
+from altiplano.engine.cuda.few_rows import FewRows
 from altiplano.engine.cuda.graphs import DecodeGraphs, bucket_of
 from altiplano.engine.cuda.model import CudaLlama, Groups
 from altiplano.engine.cuda.slots import SlotTable
@@ -17,6 +18,7 @@ from altiplano.engine.errors import AdapterError, EngineError
 from altiplano.engine.runner import Drawn
 from altiplano.engine.scheduler import Chunk, StepPlan
 from altiplano.engine.weights import load_weights, random_weights
+from altiplano_kernels.few_rows.kernel import MOST_ROWS
 from altiplano_kernels.prefill_attention.kernel import list_tiles
 from altiplano_kernels.sampling.kernel import RING, DrawWorkspace, draw_and_advance
 
@@ -68,6 +70,7 @@ class CudaRunner:
         if largest > config.max_num_seqs:
             self.slots.rows = torch.full((largest,), self.slots.scratch, dtype=torch.int32, device=device)
         self.model = CudaLlama(model, weights, cache, scales, self.slots, largest)
+        self._few = FewRows(self.model) if FewRows.supports(model) else None
         self._draws = DrawWorkspace(largest, model.vocab_size, device)
         self._graphs = DecodeGraphs(self._decode_step, lambda bucket: self.slots.upload_rows((), bucket))
         self._adapters: dict[str, Adapter] = {}
@@ -183,6 +186,9 @@ class CudaRunner:
 
     def _decode_step(self, bucket: int) -> None:
         rows = self.slots.rows[:bucket]
+        if self._few is not None and bucket <= MOST_ROWS:
+            self._few.step(rows)
+            return
         hidden = self.model.decode_hidden(rows)
         self._draw_rows(rows, hidden @ self.model.weights.head.T, pdl=True)
 

@@ -1,0 +1,200 @@
+"""Launches of begin.cu and linear.cu. All kernels are programmatic dependents: each starts while the one before it ends."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from altiplano_kernels.cuda_program import build, struct
+from altiplano_kernels.few_rows.quantized import Packed
+
+LINEAR, BEGIN = (Path(__file__).with_name(name) for name in ("linear.cu", "begin.cu"))
+MOST_ROWS = 16
+PLAIN, RESIDUAL, QKV, SWIGLU, DRAW = range(5)
+CHUNK = {16: 64, 8: 128, 4: 128}  # k of one warp's turn, by bits of a weight
+Weight = torch.Tensor | Packed
+_Begin = struct(
+    "Begin", "slots", "tokens", "positions_of", "tables", "embedding", "cos_sin", "residual", "positions", "lines", "rope",
+    "stride_table:i",
+)  # fmt: skip
+_Linear = struct(
+    "Linear", "w", "scales", "x", "gamma", "out", "positions", "lines", "rope", "cache", "slots", "temperatures", "seeds", "steps", "values",
+    "ids", "eps:f", "rows:i", "tiles:i", "stride_x:i", "stride_out:i", "limit:i",
+)  # fmt: skip
+
+
+class Plan(NamedTuple):
+    """Warps of a block; chunks per warp on their way; most blocks (0: one per tile); whether dependents may start at once."""
+
+    warps: int
+    depth: int
+    blocks: int = 0
+    early: bool = True
+
+
+class Step:
+    """What `begin` gathers for the rows of a step, and the scratch of its kernels; static, so that graphs can hold it."""
+
+    def __init__(self, hidden: int, query: int, intermediate: int, head_dim: int, blocks: int, device: str) -> None:
+        def bf16(width: int) -> torch.Tensor:
+            return torch.empty(MOST_ROWS, width, dtype=torch.bfloat16, device=device)
+
+        self.residual, self.query, self.mixed, self.wide = bf16(hidden), bf16(query), bf16(query), bf16(intermediate)
+        self.positions = torch.empty(MOST_ROWS, dtype=torch.int32, device=device)
+        self.lines = torch.empty(MOST_ROWS, dtype=torch.int64, device=device)
+        self.rope = torch.empty(MOST_ROWS, head_dim, dtype=torch.float32, device=device)
+        self.values = torch.empty(MOST_ROWS * blocks, dtype=torch.float32, device=device)
+        self.ids = torch.empty(MOST_ROWS * blocks, dtype=torch.int32, device=device)
+
+
+def choose_plan(mode: int, k: int, rows: int, bits: int = 16) -> Plan:
+    """Warps and depth that divide k.
+
+    Raises:
+        ValueError: k is no multiple of 256 (of 512 with 8 or 4 bits).
+    """
+    chunk = CHUNK[bits]
+    if k % (4 * chunk):
+        raise ValueError(f"the kernels for few rows need sums over a multiple of {4 * chunk} with {bits} bits, not {k}")
+    warps = 8 if k % (8 * chunk) == 0 and k > 4096 // (bits // 4) else 4
+    steps = k // (warps * chunk)
+    most = 4 if rows <= 8 or mode in (QKV, SWIGLU, DRAW) else 2
+    depth = next(depth for depth in range(most, 0, -1) if steps % depth == 0)
+    return Plan(warps, depth, blocks=264 if mode == DRAW else 0, early=mode != QKV)
+
+
+def begin(
+    slots: torch.Tensor,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    tables: torch.Tensor,
+    embedding: torch.Tensor,
+    cos_sin: torch.Tensor,
+    cache: torch.Tensor,
+    step: Step,
+) -> None:
+    """Fill `step` for the rows whose slots are in `slots`: int32 [rows]; the others as in `embed_rows` and `rope_and_write`."""
+    _, _, kv_heads, page, dim = cache.shape
+    options = (("HIDDEN", embedding.shape[1]), ("HEAD_DIM", dim), ("KV_HEADS", kv_heads), ("PAGE", page))
+    kernel = build(BEGIN, "few_rows_begin", options, slots.device.index)
+    arguments = _Begin(
+        slots.data_ptr(), tokens.data_ptr(), positions.data_ptr(), tables.data_ptr(), embedding.data_ptr(), cos_sin.data_ptr(),
+        step.residual.data_ptr(), step.positions.data_ptr(), step.lines.data_ptr(), step.rope.data_ptr(), tables.stride(0),
+    )  # fmt: skip
+    kernel.launch((slots.shape[0], 1, 1), 256, arguments)
+
+
+def linear(
+    x: torch.Tensor,
+    w: Weight,
+    out: torch.Tensor,
+    gamma: torch.Tensor | None = None,
+    eps: float = 0.0,
+    plan: Plan | None = None,
+) -> None:
+    """out = x @ w.T, of rms_norm(x) * gamma where gamma is given. x: bf16 [rows, k]; w: bf16 [n, k], n a multiple of 16; out: bf16 [rows, n]."""
+    _launch(PLAIN, x, w, plan, w.shape[0] // 16, gamma, eps=eps, out=out, stride_out=out.stride(0))
+
+
+def add_linear(x: torch.Tensor, w: Weight, residual: torch.Tensor, plan: Plan | None = None) -> None:
+    """residual += x @ w.T. x: bf16 [rows, k]; w: bf16 [n, k], n a multiple of 16; residual: bf16 [rows, n]."""
+    _launch(RESIDUAL, x, w, plan, w.shape[0] // 16, out=residual, stride_out=residual.stride(0))
+
+
+def norm_qkv(
+    x: torch.Tensor,
+    w: Weight,
+    gamma: torch.Tensor,
+    eps: float,
+    step: Step,
+    cache: torch.Tensor,
+    heads: int,
+    plan: Plan | None = None,
+) -> None:
+    """Rotated queries of rms_norm(x) * gamma into step.query; rotated keys, and values, into their pages.
+
+    x: bf16 [rows, k]; w: bf16 [(heads + 2 kv_heads) * head_dim, k]; cache: bf16 [blocks, 2, kv_heads, page, head_dim].
+    """
+    _, _, kv_heads, page, dim = cache.shape
+    _launch(
+        QKV, x, w, plan, w.shape[0] // 16, gamma, (heads, kv_heads, dim, page), eps=eps, out=step.query,
+        stride_out=step.query.stride(0), lines=step.lines, rope=step.rope, cache=cache,
+    )  # fmt: skip
+
+
+def norm_swiglu(
+    x: torch.Tensor, gate_up: Weight, gamma: torch.Tensor, eps: float, out: torch.Tensor, plan: Plan | None = None
+) -> None:
+    """out = silu(y @ gate.T) * (y @ up.T) of y = rms_norm(x) * gamma. gate_up: bf16 [2 n, k], gate first; out: bf16 [rows, n]."""
+    half = gate_up.shape[0] // 2
+    _launch(SWIGLU, x, gate_up, plan, half // 8, gamma, eps=eps, out=out, stride_out=out.stride(0), limit=half)
+
+
+def norm_draw(
+    x: torch.Tensor,
+    head: Weight,
+    gamma: torch.Tensor,
+    eps: float,
+    slots: torch.Tensor,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    steps: torch.Tensor,
+    step: Step,
+    plan: Plan | None = None,
+) -> int:
+    """Best token and value per row and block into step.ids and step.values, [rows, blocks] each; returns blocks.
+
+    Logits stay in registers; the noise of rows with a temperature is that of `sampling.kernel.draw_and_advance`.
+    """
+    return _launch(
+        DRAW, x, head, plan, head.shape[0] // 16, gamma, eps=eps, slots=slots, temperatures=temperatures, seeds=seeds, steps=steps,
+        values=step.values, ids=step.ids,
+    )  # fmt: skip
+
+
+def _launch(
+    mode: int,
+    x: torch.Tensor,
+    w: Weight,
+    plan: Plan | None,
+    tiles: int,
+    gamma: torch.Tensor | None = None,
+    shape: tuple[int, int, int, int] = (0, 0, 16, 1),
+    **values: object,
+) -> int:
+    rows, k = x.shape
+    heads, kv_heads, dim, page = shape
+    bits = w.bits if isinstance(w, Packed) else 16
+    plan = plan or choose_plan(mode, k, rows, bits)
+    norm = gamma is not None
+    columns = 1 if rows <= 8 else 2
+    options = (
+        ("MODE", mode), ("NORM", int(norm)), ("BITS", bits), ("K", k), ("WARPS", plan.warps), ("DEPTH", plan.depth), ("NT", columns),
+        ("EARLY", int(plan.early)), ("HEAD_DIM", dim), ("HEADS", heads), ("KV_HEADS", kv_heads), ("PAGE", page),
+    )  # fmt: skip
+    kernel = build(LINEAR, "few_rows_linear", options, x.device.index)
+    shared = rows * (k + 32) * 2 if norm else 0
+    kernel.allow(shared)
+    given = {name: value.data_ptr() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+    if gamma is not None:
+        given["gamma"] = gamma.data_ptr()
+    codes, scales = (w.codes.data_ptr(), w.scales.data_ptr()) if isinstance(w, Packed) else (w.data_ptr(), 0)
+    arguments = _Linear(w=codes, scales=scales, x=x.data_ptr(), rows=rows, tiles=tiles, stride_x=x.stride(0), **given)
+    blocks = min(tiles, plan.blocks or tiles)
+    kernel.launch((blocks, 1, 1), plan.warps * 32, arguments, shared)
+    return blocks
+
+
+def unpack(w: Packed, out: torch.Tensor) -> torch.Tensor:
+    """w as bf16 [n, k] in `out` (any tensor of at least that size), for products of more rows; returns the view."""
+    (n, k), bits = w.shape, w.bits
+    mode = QKV if w.head_dim > 16 else SWIGLU if w.halves else PLAIN
+    warps = 4 if k % (4 * CHUNK[bits]) == 0 else 2
+    options = (
+        ("MODE", mode), ("NORM", 0), ("BITS", bits), ("K", k), ("WARPS", warps), ("DEPTH", 1), ("NT", 1), ("EARLY", 0),
+        ("HEAD_DIM", w.head_dim), ("HEADS", 0), ("KV_HEADS", 0), ("PAGE", 1),
+    )  # fmt: skip
+    found = out.view(-1)[: n * k].view(n, k)
+    arguments = _Linear(w=w.codes.data_ptr(), scales=w.scales.data_ptr(), out=found.data_ptr(), limit=n // 2)
+    build(LINEAR, "few_rows_unpack", options, out.device.index).launch((n // 16, 1, 1), warps * 32, arguments, pdl=False)
+    return found

@@ -1,0 +1,76 @@
+"""A decode step of 1 to 16 rows on kernels of our own: five a layer, each of which starts while the one before it ends.
+
+    begin ─► [ norm+QKV+RoPE+KV ─► attention ─► O+residual ─► norm+gate/up+SwiGLU ─► down+residual ] × layers ─► norm+head+draw ─► advance
+
+Weights are asked for before a kernel waits for its predecessor, so device memory is never idle between kernels; logits are never
+written. With an 8-bit cache a separate kernel rotates and quantizes, because a scale needs a whole head.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from altiplano.engine.config import LlamaConfig
+from altiplano_kernels.few_rows import kernel as few
+from altiplano_kernels.few_rows_attention.kernel import decode_few, fits
+from altiplano_kernels.kv_write.kernel import rope_and_write
+from altiplano_kernels.sampling.kernel import advance
+
+if TYPE_CHECKING:
+    from altiplano.engine.cuda.model import CudaLlama
+
+MOST_BLOCKS = 1056  # of the kernel that draws: eight per processor of the largest card
+
+
+class FewRows:
+    """The step of a `CudaLlama` for up to `few_rows.kernel.MOST_ROWS` rows."""
+
+    def __init__(self, model: "CudaLlama") -> None:
+        config, weights, device = model.config, model.weights, str(model.cache.device)
+        self._model, self._width = model, int(weights.layers[0].qkv.shape[0])
+        query = config.num_attention_heads * config.head_dim
+        self._scratch = few.Step(config.hidden_size, query, config.intermediate_size, config.head_dim, MOST_BLOCKS, device)
+        self._qkv = torch.empty(few.MOST_ROWS, self._width, dtype=torch.bfloat16, device=device)
+        self.plans: dict[str, few.Plan] = {}  # overrides, for tuning
+        self.cluster: int | None = None
+
+    @staticmethod
+    def supports(config: LlamaConfig) -> bool:
+        """Whether all sizes divide into the kernels' tiles."""
+        query = config.num_attention_heads * config.head_dim
+        sums = (config.hidden_size, config.intermediate_size, query)
+        return (
+            all(k % 256 == 0 for k in sums)
+            and config.vocab_size % 16 == 0
+            and fits(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        )
+
+    def step(self, rows: torch.Tensor) -> None:
+        """One token for each slot in `rows`: int32 [rows]; draws it and advances the slots. Capturable."""
+        model, scratch, slots = self._model, self._scratch, self._model.slots
+        config, weights, plan, count = model.config, model.weights, self.plans.get, len(rows)
+        eps, heads = config.rms_norm_eps, config.num_attention_heads
+        residual, mixed, wide = scratch.residual[:count], scratch.mixed[:count], scratch.wide[:count]
+        few.begin(
+            rows, slots.tokens, slots.positions, slots.tables, weights.embedding, model.cos_sin, model.cache[0], scratch
+        )  # fmt: skip
+        cluster = self.cluster or (16 if count == 1 else 8 if count <= 8 else 4)
+        for index, layer in enumerate(weights.layers):
+            cache, scales = model.cache[index], None if model.scales is None else model.scales[index]
+            if scales is None:
+                few.norm_qkv(residual, layer.qkv, layer.input_norm, eps, scratch, cache, heads, plan("qkv"))
+                query = scratch.query[:count]
+            else:
+                query = self._qkv[:count]
+                few.linear(residual, layer.qkv, query, layer.input_norm, eps, plan("qkv"))
+                rope_and_write(
+                    query, scratch.positions[:count], rows, slots.tables, model.cos_sin, cache, scales, heads, pdl=True
+                )
+            decode_few(query, cache, scales, slots.tables, rows, scratch.positions, mixed, heads, cluster)
+            few.add_linear(mixed, layer.o, residual, plan("o"))
+            few.norm_swiglu(residual, layer.gate_up, layer.post_norm, eps, wide, plan("gate_up"))
+            few.add_linear(wide, layer.down, residual, plan("down"))
+        blocks = few.norm_draw(
+            residual, weights.head, weights.norm, eps, rows, slots.temperatures, slots.seeds, slots.steps, scratch, plan("head")
+        )
+        advance(scratch.values, scratch.ids, blocks, rows, slots.tokens, slots.positions, slots.steps, slots.ring, pdl=True)

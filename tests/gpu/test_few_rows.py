@@ -1,0 +1,191 @@
+"""The kernels for 1 to 16 rows against float64: every fusion, ragged lengths, page edges, poisoned free pages."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA C++ has no interpreter"),
+]
+
+from altiplano_kernels.few_rows import kernel as few  # noqa: E402
+from altiplano_kernels.few_rows_attention.kernel import decode_few  # noqa: E402
+from altiplano_kernels.kv_write.kernel import rope_and_write  # noqa: E402
+from altiplano_kernels.rms_norm.reference import rms_norm  # noqa: E402
+from altiplano_kernels.rope.reference import cos_sin as tables_of  # noqa: E402
+from altiplano_kernels.rope.reference import inverse_frequencies  # noqa: E402
+from altiplano_kernels.sampling.kernel import RING, advance  # noqa: E402
+from altiplano_kernels.sampling.reference import gumbel  # noqa: E402
+from altiplano_kernels.swiglu.reference import swiglu  # noqa: E402
+
+PAGE, EPS = 32, 1e-5
+ROWS = [1, 2, 7, 8, 9, 16]
+
+
+def bf16(*shape: int, spread: float = 1.0) -> torch.Tensor:
+    return (torch.randn(*shape, device="cuda") * spread).bfloat16()
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    assert bool(found.isfinite().all())
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def normed(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    return rms_norm(x.double(), gamma.double(), EPS)
+
+
+@pytest.mark.parametrize("k", [256, 768, 2048, 3072, 8192])
+@pytest.mark.parametrize("rows", ROWS)
+def test_products(rows: int, k: int) -> None:
+    torch.manual_seed(rows * k)
+    x, w, residual = bf16(rows, k), bf16(112, k, spread=0.05), bf16(rows, 112)
+    out = torch.full((rows, 112), float("nan"), dtype=torch.bfloat16, device="cuda")
+    few.linear(x, w, out)
+    product = x.double() @ w.double().T
+    assert error(out, product) < 3e-3
+    wanted = residual.double() + product
+    few.add_linear(x, w, residual)
+    assert error(residual, wanted) < 3e-3
+
+
+@pytest.mark.parametrize("k", [256, 768, 2048, 3072])
+@pytest.mark.parametrize("rows", ROWS)
+def test_products_of_normed_rows(rows: int, k: int) -> None:
+    torch.manual_seed(rows + k)
+    x, gamma = bf16(rows, k, spread=3.0), 1 + bf16(k, spread=0.2)
+    w, gate_up = bf16(112, k, spread=0.05), bf16(2 * 88, k, spread=0.05)
+    out = torch.full((rows, 112), float("nan"), dtype=torch.bfloat16, device="cuda")
+    few.linear(x, w, out, gamma, EPS)
+    assert error(out, normed(x, gamma) @ w.double().T) < 5e-3
+    wide = torch.full((rows, 88), float("nan"), dtype=torch.bfloat16, device="cuda")
+    few.norm_swiglu(x, gate_up, gamma, EPS, wide)
+    assert error(wide, swiglu(normed(x, gamma) @ gate_up.double().T)) < 6e-3
+
+
+def test_a_block_that_takes_many_tiles() -> None:
+    torch.manual_seed(5)
+    x, gamma, w = bf16(5, 2048), 1 + bf16(2048, spread=0.1), bf16(16 * 11, 2048, spread=0.05)
+    for depth in (1, 2, 4):
+        out = torch.full((5, 176), float("nan"), dtype=torch.bfloat16, device="cuda")
+        few.linear(x, w, out, gamma, EPS, few.Plan(8, depth, blocks=3))
+        assert error(out, normed(x, gamma) @ w.double().T) < 5e-3
+        few.linear(x, w, out, plan=few.Plan(8, depth, blocks=4))
+        assert error(out, x.double() @ w.double().T) < 3e-3
+
+
+class Pages:
+    """Slots with ragged lengths over a poisoned cache; `fill` writes all tokens but the last of each."""
+
+    def __init__(self, heads: int, kv_heads: int, dim: int, positions: list[int], kind: torch.dtype) -> None:
+        self.heads, self.kv_heads, self.dim, self.at = heads, kv_heads, dim, positions
+        width = max(positions) // PAGE + 1
+        blocks = len(positions) * width + 5
+        self.cache = torch.empty(blocks, 2, kv_heads, PAGE, dim, dtype=kind, device="cuda")
+        self.scales = None
+        if kind is torch.bfloat16:
+            self.cache.fill_(float("nan"))
+        else:
+            self.cache.view(torch.int8).fill_(0x7F)
+            self.scales = torch.full((blocks, 2, kv_heads, PAGE), float("nan"), dtype=torch.float16, device="cuda")
+        self.tables = torch.randperm(blocks)[: len(positions) * width].view(len(positions), width).int().cuda()
+        frequencies = inverse_frequencies(dim, 500000.0, None)
+        self.cos_sin = torch.cat(tables_of(torch.arange(max(positions) + 1), frequencies), -1).cuda()
+        # Row i of a step belongs to slot order[i].
+        self.order = torch.randperm(len(positions)).int().cuda()
+        self.positions = torch.tensor(positions, dtype=torch.int32, device="cuda")
+
+    def write(self, qkv: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
+        rope_and_write(qkv, positions, slots, self.tables, self.cos_sin, self.cache, self.scales, self.heads)
+
+    def turn(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """float64 rotated heads of x: [tokens, n * dim] as [tokens, n, dim]."""
+        cos, sin = self.cos_sin.double()[positions.long()].chunk(2, -1)
+        first, second = x.double().view(len(x), -1, self.dim).chunk(2, -1)
+        return torch.cat((first * cos[:, None] - second * sin[:, None], second * cos[:, None] + first * sin[:, None]), -1)
+
+
+SHAPES = [(32, 8, 64), (24, 8, 128)]
+POSITIONS = [0, 31, 32, 33, 63, 200, 640, 777, 1, 64, 127, 128, 500, 30, 5, 1023]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 8, 16])
+def test_queries_keys_and_values_of_a_step(shape: tuple[int, int, int], rows: int) -> None:
+    torch.manual_seed(rows)
+    hidden, vocab = 1024, 64
+    pages = Pages(*shape, POSITIONS[-rows:], torch.bfloat16)
+    heads, kv_heads, dim = shape
+    tokens = torch.randint(vocab, (rows,), dtype=torch.int32, device="cuda")
+    embedding, gamma, w = (
+        bf16(vocab, hidden),
+        1 + bf16(hidden, spread=0.1),
+        bf16((heads + 2 * kv_heads) * dim, hidden, spread=0.05),
+    )
+    step = few.Step(hidden, heads * dim, 256, dim, 1, "cuda")
+    few.begin(pages.order, tokens, pages.positions, pages.tables, embedding, pages.cos_sin, pages.cache, step)
+    slots = pages.order.long()
+    x, at = embedding[tokens[slots].long()], pages.positions[slots]
+    assert torch.equal(step.residual[:rows], x) and torch.equal(step.positions[:rows], at)
+    before = pages.cache.clone()
+    few.norm_qkv(step.residual[:rows], w, gamma, EPS, step, pages.cache, heads)
+    q, k, v = (normed(x, gamma) @ w.double().T).split([heads * dim, kv_heads * dim, kv_heads * dim], -1)
+    assert error(step.query[:rows].view(rows, heads, dim), pages.turn(q, at)) < 5e-3
+    page, place = pages.tables[slots, at.long() // PAGE].long(), at.long() % PAGE
+    assert error(pages.cache[page, 0, :, place], pages.turn(k, at)) < 5e-3
+    assert error(pages.cache[page, 1, :, place], v.view(rows, kv_heads, dim)) < 5e-3
+    pages.cache[page, :, :, place] = before[page, :, :, place]
+    assert torch.equal(pages.cache.view(torch.int16), before.view(torch.int16))  # nothing else was touched
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("cluster", [1, 2, 4, 8, 16])
+def test_attention_of_ragged_sequences(shape: tuple[int, int, int], kind: torch.dtype, cluster: int) -> None:
+    torch.manual_seed(cluster)
+    heads, kv_heads, dim = shape
+    pages = Pages(*shape, POSITIONS, kind)
+    lengths = [p + 1 for p in POSITIONS]
+    slots = torch.tensor([s for s, n in enumerate(lengths) for _ in range(n)], dtype=torch.int32, device="cuda")
+    at = torch.tensor([p for n in lengths for p in range(n)], dtype=torch.int32, device="cuda")
+    qkv = bf16(len(at), (heads + 2 * kv_heads) * dim)
+    raw = qkv.clone()
+    pages.write(qkv, at, slots)
+    ends = torch.tensor(lengths, device="cuda").cumsum(0)
+    query = qkv[ends[pages.order.long()] - 1].contiguous()
+    positions = pages.positions[pages.order.long()].contiguous()
+    out = torch.full((len(lengths), heads * dim), float("nan"), dtype=torch.bfloat16, device="cuda")
+    decode_few(query, pages.cache, pages.scales, pages.tables, pages.order, positions, out, heads, cluster)
+    q, k, v = raw.double().split([heads * dim, kv_heads * dim, kv_heads * dim], -1)
+    q, k, v = pages.turn(q, at), pages.turn(k, at), v.view(len(v), kv_heads, dim)
+    for row, slot in enumerate(pages.order.tolist()):
+        end, n = int(ends[slot]), lengths[slot]
+        keys, values = (x[end - n : end].repeat_interleave(heads // kv_heads, 1) for x in (k, v))
+        score = torch.einsum("hd,thd->ht", q[end - 1], keys) * dim**-0.5
+        wanted = torch.einsum("ht,thd->hd", score.softmax(-1), values).flatten()
+        assert error(out[row], wanted) < {torch.bfloat16: 8e-3, torch.int8: 2e-2, torch.float8_e4m3fn: 6e-2}[kind], (slot, n)
+
+
+@pytest.mark.parametrize("rows", [1, 6, 13])
+def test_draws_from_hidden_states(rows: int) -> None:
+    torch.manual_seed(rows)
+    hidden, vocab, slots = 2048, 16 * 999, 14
+    x, gamma, head = bf16(rows, hidden), 1 + bf16(hidden, spread=0.1), bf16(vocab, hidden, spread=0.02)
+    pick = torch.randperm(slots - 1)[:rows].int().cuda()
+    tokens, positions = (torch.zeros(slots, dtype=torch.int32, device="cuda") for _ in range(2))
+    steps = torch.arange(slots, dtype=torch.int32, device="cuda") + RING - 3
+    temperatures = torch.tensor([0.0, 0.6, 1.0, 0.0, 2.0, 0.0, 0.3] * 2, device="cuda")
+    seeds = torch.arange(slots, device="cuda") * (2**40 + 9) - 3
+    ring = torch.full((slots, RING), -1, dtype=torch.int32, device="cuda")
+    before, step = steps.clone(), few.Step(hidden, 256, 256, 64, 264, "cuda")
+    blocks = few.norm_draw(x, head, gamma, EPS, pick, temperatures, seeds, steps, step)
+    advance(step.values, step.ids, blocks, pick, tokens, positions, steps, ring)
+    at = pick.long()
+    logits, heat = (normed(x, gamma) @ head.double().T).float(), temperatures[at][:, None]
+    scores = torch.where(heat > 0, logits / heat.clamp(min=1e-5) + gumbel(seeds[at], before[at].long(), vocab), logits)
+    drawn = tokens[at].long()
+    # Sums in another order may swap near-equals, never more.
+    assert float((scores.max(-1).values - scores.gather(1, drawn[:, None])[:, 0]).max()) < 0.05
+    assert torch.equal(ring[at, before[at].long() % RING].long(), drawn)
+    assert torch.equal(steps - before, positions) and int(positions.sum()) == rows
