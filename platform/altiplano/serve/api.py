@@ -28,12 +28,12 @@ def add_api(app: FastAPI, make_generator: Callable[[], Generator]) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         generator, body = make_generator(), await read_body(request, ChatRequest)
-        return await _answer(generator, body, [generator.chat_prompt(body)])
+        return await _answer(generator, body, [await generator.chat_prompt(body)])
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         generator, body = make_generator(), await read_body(request, CompletionRequest)
-        return await _answer(generator, body, generator.completion_prompts(body))
+        return await _answer(generator, body, await generator.completion_prompts(body))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -69,18 +69,24 @@ async def _answer(generator: Generator, body: ChatRequest | CompletionRequest, p
         generator.sampling(body, len(prompt))
     call = current_call()
     if call is not None:
+        for param, schema in body.schemas.items():
+            call.check_schema(schema, param)
         call.admit(body.model, sum(map(len, prompts)), len(prompts) * body.n)
     headers = {UNKNOWN_FIELDS: _listed(body.unknown)} if body.unknown else {}
-    if body.stream:
-        return StreamingResponse(await _begun(events(generator, body, prompts)), media_type="text/event-stream", headers=headers)
     try:
+        if body.stream:
+            stream = events(generator, body, prompts)
+            first = await anext(stream)
+            return StreamingResponse(_resumed(first, stream), media_type="text/event-stream", headers=headers)
         return JSONResponse(await whole(generator, body, prompts), headers=headers)
     except (RefusedError, EngineDiedError) as error:
         raise as_api_error(error) from error
 
 
-async def _begun(stream: AsyncIterator[str]) -> AsyncIterator[str]:
-    return stream
+async def _resumed(first: bytes, stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for event in stream:
+        yield event
 
 
 def _model(name: str) -> dict[str, Any]:

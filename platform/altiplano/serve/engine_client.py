@@ -41,6 +41,7 @@ class EngineClient:
         self._writer: asyncio.StreamWriter | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._failure: str | None = None
+        self.vocab_size = 0
         self.eos_token_ids: tuple[int, ...] = ()
         self.restarts = 0
 
@@ -75,9 +76,16 @@ class EngineClient:
         return self._process.pid if self._process else None
 
     async def generate(
-        self, request_id: str, prompt: list[int], sampling: m.Sampling, *, adapter: str | None = None, namespace: str = ""
+        self,
+        request_id: str,
+        prompt: list[int],
+        sampling: m.Sampling,
+        *,
+        adapter: str | None = None,
+        namespace: str = "",
+        grammar: str | None = None,
     ) -> AsyncIterator[m.Token]:
-        """Tokens of one request as they are drawn. Leaving the iterator early aborts the request.
+        """Tokens of one request as they are drawn; `grammar` (llguidance's Lark) bounds what they say. Leaving the iterator early aborts the request.
 
         Raises:
             RefusedError: the engine does not take it.
@@ -87,7 +95,7 @@ class EngineClient:
             raise EngineDiedError("the engine is starting: try again in a moment")
         stream: asyncio.Queue[m.Token | Exception] = asyncio.Queue()
         self._streams[request_id] = stream
-        self._send(m.Add(request_id, prompt, sampling, adapter, 0, namespace))
+        self._send(m.Add(request_id, prompt, sampling, adapter, 0, namespace, grammar))
         finished = False
         try:
             while not finished:
@@ -186,7 +194,7 @@ class EngineClient:
             if future is not None and not future.done():
                 future.set_result(report)
         elif isinstance(report, m.Ready):
-            self.eos_token_ids = report.eos_token_ids
+            self.vocab_size, self.eos_token_ids = report.vocab_size, report.eos_token_ids
             for name, path in self._adapters.items():
                 self._send(m.LoadAdapter(next(self._numbers), name, path))
             self._ready.set()

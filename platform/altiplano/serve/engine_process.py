@@ -17,7 +17,10 @@ from typing import Any
 import msgspec
 
 from altiplano.engine import Engine, EngineConfig, SamplingParams, TokenOutput, create_engine
+from altiplano.serve import grammar_worker as w
 from altiplano.serve import messages as m
+from altiplano.serve.grammars import Gone, Grammars
+from altiplano.serve.grammars import Report as GrammarReport
 
 _LENGTH = struct.Struct("<I")
 
@@ -27,7 +30,9 @@ class Loop:
 
     def __init__(self, connection: socket.socket, engine: Engine) -> None:
         self._connection, self._engine = connection, engine
-        self._inbox: queue.Queue[m.Command | None] = queue.Queue()
+        self._inbox: queue.Queue[m.Command | GrammarReport | None] = queue.Queue()
+        runner, tokenizer = engine.runner, str(engine.config.model / "tokenizer.json")
+        self._grammars = Grammars(tokenizer, runner.vocab_size, runner.eos_token_ids, self._inbox.put)
 
     def run(self) -> None:
         """Until the front end hangs up."""
@@ -36,26 +41,30 @@ class Loop:
         while self._take_commands():
             news = self._engine.step()
             if news:
+                self._tell_grammars(news)
                 self._send(m.Step([_token(output) for output in news]))
+        self._grammars.close()
 
     def _take_commands(self) -> bool:
         """Handle what has come; wait for something when there is nothing to compute. False when the front end is gone."""
-        idle = not self._engine.has_unfinished()
         while True:
+            idle = not self._engine.has_unfinished() or self._engine.is_blocked()
             try:
-                command = self._inbox.get(block=idle)
+                message = self._inbox.get(block=idle)
             except queue.Empty:
                 return True
-            if command is None:
+            if message is None:
                 return False
-            self._handle(command)
-            idle = False
+            if isinstance(message, w.Ready | w.Allowed | w.Bad | Gone):
+                self._handle_grammars(message)
+            else:
+                self._handle(message)
 
     def _handle(self, command: m.Command) -> None:
         engine = self._engine
         if isinstance(command, m.Add):
             try:
-                params = SamplingParams(**msgspec.structs.asdict(command.sampling))
+                params = SamplingParams(**msgspec.structs.asdict(command.sampling), structured=command.grammar is not None)
                 engine.add_request(
                     command.request_id,
                     command.prompt,
@@ -64,10 +73,13 @@ class Loop:
                     priority=command.priority,
                     namespace=command.namespace,
                 )
+                if command.grammar is not None:
+                    self._grammars.begin(command.request_id, command.grammar)
             except ValueError as error:
                 self._send(m.Refused(command.request_id, str(error)))
         elif isinstance(command, m.Abort):
             engine.abort(command.request_id)
+            self._grammars.forget(command.request_id)
         elif isinstance(command, m.AskStats):
             self._send(m.Done(command.call, stats={name: float(value) for name, value in asdict(engine.stats()).items()}))
         else:
@@ -79,6 +91,23 @@ class Loop:
                 self._send(m.Done(command.call))
             except ValueError as error:
                 self._send(m.Done(command.call, error=str(error)))
+
+    def _handle_grammars(self, report: GrammarReport) -> None:
+        for answer in self._grammars.take_report(report):
+            if isinstance(answer, w.Allowed):
+                self._engine.allow(answer.request_id, answer.tokens)
+            else:
+                self._engine.abort(answer.request_id)
+                self._send(m.Refused(answer.request_id, answer.error))
+
+    def _tell_grammars(self, news: list[TokenOutput]) -> None:
+        for output in news:
+            if output.request_id not in self._grammars:
+                continue
+            if output.finish_reason is not None:
+                self._grammars.forget(output.request_id)
+            elif output.token_id is not None:
+                self._grammars.take(output.request_id, output.token_id)
 
     def _read(self) -> None:
         try:
@@ -113,7 +142,13 @@ def main() -> None:
 
 def _token(output: TokenOutput) -> m.Token:
     return m.Token(
-        output.request_id, output.token_id, output.finish_reason, output.logprob, output.top_logprobs, output.num_cached_tokens
+        output.request_id,
+        output.token_id,
+        output.finish_reason,
+        output.logprob,
+        output.top_logprobs,
+        output.num_cached_tokens,
+        output.prompt_logprobs,
     )
 
 

@@ -2,20 +2,25 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from altiplano.data.templates import ChatTemplate
 from altiplano.serve import messages as m
-from altiplano.serve.detokenize import TextStream
+from altiplano.serve.conversation import Message
+from altiplano.serve.detokenize import TextStream, Vocabulary
 from altiplano.serve.engine_client import EngineClient
 from altiplano.serve.errors import ApiError
 from altiplano.serve.protocol import ChatRequest, CompletionRequest
 from altiplano.serve.settings import ServeSettings
+from altiplano.serve.tools import Function
+
+LONG_TEXT = 8192  # characters; longer ones are divided into tokens beside the event loop
 
 
 @dataclass
@@ -55,6 +60,9 @@ class Generator:
     template: ChatTemplate
     aliases: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.vocabulary = Vocabulary(self.tokenizer)
+
     def model_names(self) -> list[str]:
         return [self.settings.served_model_name, *self.client.adapters, *sorted(self.aliases)]
 
@@ -76,26 +84,76 @@ class Generator:
             )
         return name
 
-    def chat_prompt(self, request: ChatRequest) -> list[int]:
-        """Token ids of a chat, ready for the assistant to speak."""
-        try:
-            messages = [{"role": message.role, "content": message.text()} for message in request.messages]
-            text = self.template.render(messages, add_generation_prompt=True)
-        except Exception as error:
-            raise ApiError(400, f"the messages do not fit the chat format: {error}", param="messages") from error
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+    def chat_text(self, messages: list[Message], functions: list[Function], *, add_generation_prompt: bool = True) -> str:
+        """A chat as the model reads it.
 
-    def completion_prompts(self, request: CompletionRequest) -> list[list[int]]:
-        """Token ids of every prompt of a completion request."""
-        begin: int = self.tokenizer.token_to_id(self.template.bos_token)  # type: ignore[assignment]  # every Llama has it
+        Raises:
+            ApiError: 400, messages that the format cannot express.
+        """
+        tools = [{"type": "function", "function": f.model_dump(exclude_none=True)} for f in functions]
+        try:
+            turns = [turn for message in messages for turn in message.turns()]
+            return self.template.render(turns, add_generation_prompt=add_generation_prompt, tools=tools or None)
+        except (ValueError, TemplateError) as error:
+            raise ApiError(400, f"the messages do not fit the chat format: {error}", param="messages") from error
+
+    async def chat_prompt(self, request: ChatRequest) -> list[int]:
+        """Token ids of a chat, ready for the assistant to speak."""
+        return await self.encode(self.chat_text(request.messages, request.callable), "messages")
+
+    async def completion_prompts(self, request: CompletionRequest) -> list[list[int]]:
+        """Token ids of every prompt of a completion request; text begins with the model's begin token."""
         prompts = request.prompts()
         if not prompts or any(not prompt for prompt in prompts):
             raise ApiError(400, "the prompt is empty: give at least one character or token", param="prompt")
-        return [p if isinstance(p, list) else [begin, *self.tokenizer.encode(p, add_special_tokens=False).ids] for p in prompts]
+        found = []
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                found.append([self.begin_token_id, *await self.encode(prompt, "prompt")])
+            else:
+                self.check_ids(prompt, "prompt")
+                found.append(prompt)
+        return found
+
+    @property
+    def begin_token_id(self) -> int:
+        return int(self.tokenizer.token_to_id(self.template.bos_token))  # type: ignore[arg-type]  # every Llama has it
+
+    async def encode(self, text: str, param: str) -> list[int]:
+        """Token ids of a text, special tokens by their names.
+
+        Raises:
+            ApiError: 400, the text cannot fit into the context, however it is divided into tokens.
+        """
+        if len(text) > self.settings.max_model_len * self.vocabulary.longest:
+            raise ApiError(
+                400,
+                f"{len(text)} characters are more than a context of {self.settings.max_model_len} tokens can hold: shorten {param}",
+                param=param,
+                code="context_length_exceeded",
+            )
+        if len(text) < LONG_TEXT:
+            return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        encoded = await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=False)
+        return list(encoded.ids)
+
+    def check_ids(self, ids: Iterable[int], param: str) -> None:
+        """
+        Raises:
+            ApiError: 400, ids that the model does not have.
+        """
+        bad = [token_id for token_id in ids if not 0 <= token_id < self.client.vocab_size]
+        if bad:
+            raise ApiError(400, f"{param} names token ids {bad[:5]} outside 0 … {self.client.vocab_size - 1}", param=param)
 
     def sampling(self, request: ChatRequest | CompletionRequest, prompt_tokens: int) -> m.Sampling:
-        """The engine's parameters; without max_tokens, a chat may fill the context."""
+        """The engine's parameters; without max_tokens, a chat may fill the context.
+
+        Raises:
+            ApiError: 400, no room for that many tokens, or tokens that the model does not have.
+        """
+        self.check_ids(request.logit_bias or (), "logit_bias")
+        self.check_ids(request.stop_token_ids, "stop_token_ids")
         room = self.settings.max_model_len - prompt_tokens
         wanted = request.max_tokens
         logprobs: int | None
@@ -128,6 +186,7 @@ class Generator:
             stop_token_ids=tuple(request.stop_token_ids),
             ignore_eos=request.ignore_eos,
             logprobs=logprobs,
+            prompt_logprobs=isinstance(request, CompletionRequest) and request.echo and logprobs is not None,
         )
 
     async def stream(
@@ -139,7 +198,7 @@ class Generator:
         plans = [(prompt, self.sampling(request, len(prompt)), copy) for prompt in prompts for copy in range(request.n)]
         pieces: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
         tasks = [
-            asyncio.create_task(self._one(index, prompt, _copy(sampling, copy), adapter, request.stops, usage, pieces))
+            asyncio.create_task(self._one(index, prompt, _copy(sampling, copy), adapter, request, usage, pieces))
             for index, (prompt, sampling, copy) in enumerate(plans)
         ]
         running = len(tasks)
@@ -161,15 +220,19 @@ class Generator:
         prompt: list[int],
         sampling: m.Sampling,
         adapter: str | None,
-        stops: list[str],
+        request: ChatRequest | CompletionRequest,
         usage: Usage,
         out: "asyncio.Queue[Piece | BaseException]",
     ) -> None:
-        text = TextStream(self.tokenizer, stops)
-        tokens = self.client.generate(f"req-{uuid.uuid4().hex}", prompt, sampling, adapter=adapter)
+        text = TextStream(self.vocabulary, request.stops)
+        name = f"req-{uuid.uuid4().hex}"
+        tokens = self.client.generate(name, prompt, sampling, adapter=adapter, grammar=request.grammar)
+        # Copies of one prompt find each other's pages: what counts is what the first one found.
+        uncounted = index % request.n == 0
         try:
             async for token in tokens:
-                usage.cached_tokens += token.num_cached_tokens if token.finish_reason is not None else 0
+                usage.cached_tokens += token.num_cached_tokens if uncounted else 0
+                uncounted = False
                 usage.completion_tokens += token.token_id is not None
                 ends = token.finish_reason == "stop"
                 fresh = text.push(token.token_id) if token.token_id is not None and not ends else ""
@@ -186,4 +249,6 @@ class Generator:
 
 def _copy(sampling: m.Sampling, copy: int) -> m.Sampling:
     """The n-th answer to one prompt draws from its own seed."""
-    return sampling if copy == 0 or sampling.seed is None else msgspec.structs.replace(sampling, seed=sampling.seed + copy)
+    return (
+        sampling if copy == 0 or sampling.seed is None else msgspec.structs.replace(sampling, seed=(sampling.seed + copy) % 2**63)
+    )

@@ -26,10 +26,11 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: bool = False
 
 
 class Add(msgspec.Struct, frozen=True, tag="add"):
-    """Start a request."""
+    """Start a request. `grammar`, in llguidance's dialect of Lark, says what its answer may be."""
 
     request_id: str
     prompt: list[int]
@@ -37,6 +38,7 @@ class Add(msgspec.Struct, frozen=True, tag="add"):
     adapter: str | None = None
     priority: int = 0
     namespace: str = ""
+    grammar: str | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -78,6 +80,7 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     num_cached_tokens: int = 0
+    prompt_logprobs: tuple[float, ...] = ()
 
 
 class Step(msgspec.Struct, frozen=True, tag="step"):
