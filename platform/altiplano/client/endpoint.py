@@ -29,12 +29,12 @@ class Endpoint:
         """The address without the API's version: /health, /metrics, /tokenize live there."""
         return self.url.rstrip("/").removesuffix("/v1")
 
-    def open(self, connections: int | None = 100) -> httpx.AsyncClient:
-        """An HTTP client for this endpoint; close it after use."""
+    def open(self, connections: int | None = 100, connect_timeout_s: float = CONNECT_TIMEOUT_S) -> httpx.AsyncClient:
+        """An HTTP client for this endpoint; close it after use. At most so many connections; None: no bound."""
         return httpx.AsyncClient(
             base_url=self.url,
             headers={"authorization": f"Bearer {self.api_key}"} if self.api_key else {},
-            timeout=httpx.Timeout(self.timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
+            timeout=httpx.Timeout(self.timeout_s, connect=connect_timeout_s, pool=None),
             limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
         )
 
