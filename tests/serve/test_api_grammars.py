@@ -112,6 +112,19 @@ def test_a_token_drawn_while_the_process_was_dead_is_not_forgotten(bench: Bench)
     assert bench.texts() == {"5"}
 
 
+def test_who_asks_while_somebody_kills_the_process_is_not_blamed_at_once(bench: Bench) -> None:
+    bench.grammars.begin("one", PAIR)
+    assert bench.texts() == {"1"}
+    bench.die()
+    bench.grammars.take("one", token("1"))
+    assert bench.texts() == {"2", "3"}
+    # A grammar on which the process ends again and again is left alone.
+    bench.die()
+    bench.grammars.take("one", token("2"))
+    news = bench.news()
+    assert isinstance(news, w.Bad) and "simplify" in news.error
+
+
 def test_answers_to_who_has_left_are_dropped(bench: Bench) -> None:
     bench.grammars.begin("gone", PAIR)
     bench.grammars.forget("gone")

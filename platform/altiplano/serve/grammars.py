@@ -1,10 +1,12 @@
 """The engine's side of the grammar process: ask it, outlive it, start it again.
 
-Questions are answered in their order, so when the process ends on the way, the first question without an answer is the one
-that ended it. Its request is refused, its grammar remembered, and every other answer is taken up where it stood.
+Questions are answered in their order, so when the process ends on the way, the first question without an answer is under
+suspicion: it is at fault if it ran out of time, or if the process ends on it once more (somebody else may have killed it). Then
+its request is refused and its grammar remembered. Every other answer is taken up where it stood.
 """
 
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -33,6 +35,7 @@ Report = w.Answer | Gone
 class _Said:
     grammar: str
     tokens: list[int] = field(default_factory=list)
+    deaths: int = 0
 
 
 class Grammars:
@@ -114,12 +117,15 @@ class Grammars:
             why = f"structured output is out of order: its process ended with exit code {gone.exit_code} before it was ready"
             refused, self._answers = list(self._answers), {}
             return [w.Bad(request_id, why) for request_id in refused]
-        guilty = next(iter(pending), None)
         news: list[w.Allowed | w.Bad] = []
-        if guilty is not None:
-            self._remember(pending[guilty])
-            if self._answers.pop(guilty, None) is not None:
-                news.append(self._too_hard(guilty))
+        suspect = next(iter(pending), None)
+        said = self._answers.get(suspect) if suspect is not None else None
+        if said is not None:
+            said.deaths += 1
+        if suspect is not None and (gone.exit_code == -signal.SIGALRM or (said is not None and said.deaths > 1)):
+            self._remember(pending[suspect])
+            if self._answers.pop(suspect, None) is not None:
+                news.append(self._too_hard(suspect))
         for request_id, said in self._answers.items():
             self._ask(w.Begin(request_id, said.grammar, tuple(said.tokens)), said.grammar)
         return news
