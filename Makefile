@@ -8,13 +8,20 @@ export UV_FIND_LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS))
 TORCH_BACKEND := $(shell command -v nvidia-smi >/dev/null 2>&1 || test -n "$(UV_FIND_LINKS)" || echo --torch-backend=cpu)
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_BACKEND)
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-helm helm-tools test-slow lint bench clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/altiplano run pipelines/demo/pipeline.yaml
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev helm-tools
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+
+# The chart alone; `make test` runs these tests too.
+test-helm: $(VENV)/.dev helm-tools
+	$(BIN)/python -m pytest tests/helm
+
+helm-tools: $(VENV)/.dev
+	bash tests/helm/fetch_tools.sh $(VENV)/tools
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow --timeout=900

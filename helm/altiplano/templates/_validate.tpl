@@ -8,6 +8,11 @@ What a schema cannot say: rules between values, and the rules that only KubeRay'
 {{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" (include "altiplano.fullname" .)) -}}
 {{- $wrong = append $wrong (printf "fullnameOverride: %q is no name for Ray objects: begin with a letter, then letters, digits and '-'" (include "altiplano.fullname" .)) -}}
 {{- end -}}
+{{- range $label, $_ := $v.commonLabels -}}
+{{- if regexMatch "^(app\\.kubernetes\\.io|helm\\.sh|ray\\.io)/" $label -}}
+{{- $wrong = append $wrong (printf "commonLabels.%s: selectors of this chart and of KubeRay use it: take another prefix" $label) -}}
+{{- end -}}
+{{- end -}}
 {{- if semverCompare "<1.5.1-0" $kuberay -}}
 {{- $wrong = append $wrong (printf "kuberayVersion: %s lacks fields that this chart always sets: upgrade KubeRay to 1.5.1 or newer" $kuberay) -}}
 {{- end -}}
