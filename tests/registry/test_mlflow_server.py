@@ -1,42 +1,20 @@
-"""Runs, spool and registry against a real MLflow server on SQLite."""
+"""Runs, spool and registry against a real MLflow server, on SQLite and on PostgreSQL."""
 
-import os
 import pickle
-import signal
-import socket
-from collections.abc import Iterator
+import subprocess
+import sys
 from pathlib import Path
 
-import psutil
 import pytest
 from mlflow import MlflowClient
 
-from altiplano.models.manifest import write_manifest
+from altiplano.models.manifest import ManifestError, write_manifest
 from altiplano.registry import Lineage, MlflowSink, ModelRegistry, RegistryUnavailableError, Tracker
 from altiplano.registry.server import MlflowServerError, ServerInfo, start_server
 
+from .conftest import free_port, stop
+
 FLUSH_S = 60.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def stop(info: ServerInfo) -> None:
-    """End the server that this test started, and its workers; wait until they are gone."""
-    server = psutil.Process(info.pid)
-    family = [server, *server.children(recursive=True)]
-    os.killpg(info.pid, signal.SIGKILL)
-    psutil.wait_procs(family, timeout=30)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerInfo]:
-    info = start_server(tmp_path_factory.mktemp("mlflow"), free_port())
-    yield info
-    stop(info)
 
 
 @pytest.fixture
@@ -116,3 +94,56 @@ def test_an_absent_server_is_one_clear_error() -> None:
 def test_a_taken_port_is_one_clear_error(server: ServerInfo, tmp_path: Path) -> None:
     with pytest.raises(MlflowServerError, match="choose another port"):
         start_server(tmp_path / "other", int(server.uri.rsplit(":", 1)[1]))
+
+
+def test_what_a_killed_process_measured_is_sent_by_the_next_one(server: ServerInfo, tmp_path: Path) -> None:
+    spool = tmp_path / "spool"
+    run = Tracker(server.uri, "killed", str(spool)).start_run("train", "train")
+    code = (
+        "import os, sys\nfrom altiplano.registry import MlflowSink\n"
+        "sink = MlflowSink('http://127.0.0.1:9', sys.argv[1], sys.argv[2])\n"
+        "for step in range(5): sink.log_metrics({'train/loss': 5.0 - step}, step)\nos.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, run.run_id, str(spool)]).returncode == -9
+    (left,) = [path for path in spool.glob("*.jsonl") if path.stat().st_size]
+    # The address that the dead process was given is gone; its successor's server is the one that answers.
+    left.write_text(left.read_text().replace("http://127.0.0.1:9", server.uri))
+    Tracker(server.uri, "killed", str(spool))
+    history = MlflowClient(server.uri).get_metric_history(run.run_id, "train/loss")
+    assert [(m.step, m.value) for m in history] == [(step, 5.0 - step) for step in range(5)]
+    assert not left.exists()
+
+
+def test_measurements_wait_while_the_server_is_away(tmp_path: Path) -> None:
+    port = free_port()
+    info = start_server(tmp_path / "mlflow", port)
+    tracker = Tracker(info.uri, "outage", str(tmp_path / "spool"))
+    run = tracker.start_run("train", "train")
+    run.log_metrics({"train/loss": 3.0}, 1)
+    assert tracker.flush(FLUSH_S)
+    stop(info)
+    run.log_metrics({"train/loss": 2.0}, 2)
+    assert not tracker.flush(1.0), "nothing can have been sent"
+    with pytest.raises(RegistryUnavailableError, match="run the same command again"):
+        tracker.start_run("deploy", "deploy")
+    again = start_server(tmp_path / "mlflow", port)
+    try:
+        assert tracker.flush(FLUSH_S)
+        history = MlflowClient(again.uri).get_metric_history(run.run_id, "train/loss")
+        assert [m.value for m in history] == [3.0, 2.0]
+    finally:
+        stop(again)
+
+
+def test_a_flipped_byte_in_the_registry_is_refused(server: ServerInfo, tmp_path: Path, adapter: Path) -> None:
+    run_id = Tracker(server.uri, "bytes", str(tmp_path / "spool")).start_run("register", "register").run_id
+    registry = ModelRegistry(server.uri)
+    version = registry.register(adapter, "tampered", run_id, lineage(), tags={}, params={})
+    good = registry.download("tampered", version, tmp_path / "good")
+    weights = "adapter_model.safetensors"
+    assert (good / weights).read_bytes() == (adapter / weights).read_bytes()
+    stored = MlflowClient(server.uri).get_model_version("tampered", str(version)).source.removeprefix("models:/")
+    [kept] = [p for p in (Path(server.log).parent / "artifacts").rglob(weights) if stored in p.parts]
+    kept.write_bytes(b"W" + kept.read_bytes()[1:])
+    with pytest.raises(ManifestError, match="changed"):
+        registry.download("tampered", version, tmp_path / "bad")

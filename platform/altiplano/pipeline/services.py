@@ -34,7 +34,7 @@ def ensure(tracking: spec.Tracking, root: Path, say: Callable[[str], None]) -> S
         ServiceError: a server that the pipeline names does not answer, or ours cannot start.
     """
     os.environ[processes.MARK] = str(root.resolve())
-    tracking_uri = _mlflow(tracking.tracking_uri, root, say)
+    tracking_uri = _mlflow(tracking, root, say)
     head = None
     try:
         if RAY_ADDRESS not in os.environ:
@@ -61,7 +61,8 @@ def find_mlflow(root: Path) -> str | None:
     return info.uri if is_healthy(info.uri) else None
 
 
-def _mlflow(configured: str | None, root: Path, say: Callable[[str], None]) -> str:
+def _mlflow(tracking: spec.Tracking, root: Path, say: Callable[[str], None]) -> str:
+    configured = tracking.tracking_uri
     if configured is not None:
         if not is_healthy(configured):
             raise ServiceError(
@@ -73,7 +74,7 @@ def _mlflow(configured: str | None, root: Path, say: Callable[[str], None]) -> s
         return running
     say("starting MLflow")
     try:
-        info = start_server(root / "mlflow", processes.free_port())
+        info = start_server(root / "mlflow", processes.free_port(), tracking.backend_store_uri)
     except MlflowServerError as error:
         raise ServiceError(str(error)) from error
     write_json(_mlflow_state(root), asdict(info))

@@ -1,6 +1,7 @@
 """An MLflow server of our own on this machine."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -37,8 +38,7 @@ def start_server(directory: Path, port: int, backend_store_uri: str | None = Non
     directory.mkdir(parents=True, exist_ok=True)
     log = directory / "server.log"
     uri = f"http://127.0.0.1:{port}"
-    if is_healthy(uri):
-        raise MlflowServerError(f"something answers at {uri} already: choose another port")
+    _check_port(port)
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", backend_store_uri or f"sqlite:///{directory.resolve()}/mlflow.db"]
     command += ["--serve-artifacts", "--artifacts-destination", str(directory.resolve() / "artifacts")]
@@ -58,6 +58,17 @@ def start_server(directory: Path, port: int, backend_store_uri: str | None = Non
         time.sleep(0.1)
     server.kill()
     raise MlflowServerError(f"MLflow did not start on {uri}; the end of {log}:\n{log.read_text(errors='replace')[-1500:]}")
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # as the server will do: a closed one's TIME_WAIT is no obstacle
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise MlflowServerError(f"port {port} is taken ({error.strerror}): choose another port") from error
 
 
 def is_healthy(uri: str) -> bool:

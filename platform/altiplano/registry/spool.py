@@ -1,20 +1,22 @@
 """Measurements on their way to MLflow: on disk first, then sent in order, kept while the server is away.
 
-Each writer appends JSON lines to a file of its own and a thread sends them. What a dead process left is sent by the next one
-(`replay`). Sending twice changes nothing: MLflow keeps equal metrics, params and tags once.
+Each writer appends JSON lines to a file of its own, which it keeps locked, and a thread sends them. What a dead process left is
+unlocked, on whatever machine it ran, and sent by the next one (`replay`). Sending twice changes nothing: MLflow keeps equal
+metrics, params and tags once.
 """
 
+import fcntl
 import json
 import logging
 import os
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
@@ -38,6 +40,9 @@ class Spool:
     def __init__(self, tracking_uri: str, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / f"{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
+        self._file = os.open(self._path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
+        weakref.finalize(self, os.close, self._file)
+        fcntl.flock(self._file, fcntl.LOCK_EX)
         self._uri = tracking_uri
         self._pending: list[dict[str, Any]] = []
         self._changed = threading.Condition()
@@ -48,13 +53,21 @@ class Spool:
         """Queue {"run_id", and any of "metrics", "params", "tags", "artifact", "status"}."""
         entry = {"uri": self._uri, **operation}
         with self._changed:
-            with self._path.open("a") as stream:
-                stream.write(json.dumps(entry, default=str) + "\n")
+            self._keep(entry)
             self._pending.append(entry)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._send_forever, daemon=True, name="mlflow-spool")
                 self._thread.start()
             self._changed.notify_all()
+
+    def _keep(self, entry: dict[str, Any]) -> None:
+        """On disk, so that it outlives this process. A full disk costs that safety only: the entry is still sent."""
+        try:
+            os.write(self._file, json.dumps(entry, default=str).encode() + b"\n")
+        except OSError as error:
+            logger.warning(
+                "%s cannot be written (%s): what MLflow does not have when this process ends is lost", self._path, error
+            )
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything is sent; False when it is not after `timeout_s` seconds (it stays on disk)."""
@@ -78,7 +91,7 @@ class Spool:
                 del self._pending[: len(batch) if sent else 0]
                 self._busy = False
                 if not self._pending:
-                    self._path.unlink(missing_ok=True)
+                    os.ftruncate(self._file, 0)
                 self._changed.notify_all()
             time.sleep(SEND_INTERVAL_S if sent else RETRY_INTERVAL_S)
 
@@ -87,13 +100,15 @@ def replay(directory: Path) -> int:
     """Send what ended processes left in `directory`; returns how many files went out. Files that cannot be sent stay."""
     done = 0
     for path in sorted(directory.glob("*.jsonl"), key=lambda p: p.stat().st_mtime):
-        owner = int(path.name.split("-")[0])
-        if owner == os.getpid() or psutil.pid_exists(owner):
-            continue
-        entries = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        if not entries or _send(client(entries[0]["uri"]), entries):
-            path.unlink()
-            done += 1
+        with path.open("r+") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue  # its writer lives, or somebody else is sending it
+            entries = [json.loads(line) for line in stream.read().splitlines() if line.endswith("}")]
+            if not entries or _send(client(entries[0]["uri"]), entries):
+                path.unlink(missing_ok=True)
+                done += bool(entries)
     return done
 
 

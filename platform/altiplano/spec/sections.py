@@ -3,6 +3,7 @@
 Each field says what it trades. Unknown keys are errors; values never change after validation.
 """
 
+import re
 from ipaddress import ip_address
 from typing import Annotated, Any, Literal
 
@@ -178,9 +179,22 @@ class Gate(Section):
 class Tracking(Section):
     """MLflow."""
 
-    tracking_uri: str | None = Field(None, description="null: the server that `altiplano up` starts, on SQLite in storage_path.")
+    tracking_uri: str | None = Field(None, description="null: the server that `altiplano up` starts.")
+    backend_store_uri: str | None = Field(
+        None,
+        pattern=r"^(sqlite|postgresql(\+psycopg)?)://",
+        description="Database of that server, as in postgresql+psycopg://user@host/name (password: PGPASSWORD). null: SQLite in storage_path.",
+    )
     experiment_name: str | None = Field(None, description="null: run.name.")
     registered_model_name: Name | None = Field(None, description="null: run.name.")
+
+    @model_validator(mode="after")
+    def _one_server(self) -> "Tracking":
+        if self.tracking_uri and self.backend_store_uri:
+            raise ValueError("backend_store_uri is for the server that altiplano starts: remove it, or remove tracking_uri")
+        if self.backend_store_uri and re.search(r"//[^/@]*:[^/@]*@", self.backend_store_uri):
+            raise ValueError("backend_store_uri holds a password, which would be copied into every run: set PGPASSWORD instead")
+        return self
 
 
 class ServeLimits(Section):

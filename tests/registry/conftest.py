@@ -1,0 +1,63 @@
+"""A real MLflow server on each kind of database."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from altiplano.registry.server import ServerInfo, start_server
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def stop(info: ServerInfo) -> None:
+    """End the server that a test started, and its workers; wait until they are gone."""
+    server = psutil.Process(info.pid)
+    family = [server, *server.children(recursive=True)]
+    os.killpg(info.pid, signal.SIGKILL)
+    psutil.wait_procs(family, timeout=30)
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[str]:
+    """URI of an empty database of a PostgreSQL server of our own."""
+    found = [
+        *Path("/usr/lib/postgresql").glob("*/bin"),
+        *([Path(shutil.which("initdb") or "").parent] if shutil.which("initdb") else []),
+    ]
+    if not found:
+        pytest.skip("no PostgreSQL here: install it (Debian: postgresql) to run this test")
+    # PostgreSQL refuses to run as root, and its user must reach the folder.
+    as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    directory = Path(tempfile.mkdtemp(prefix="altiplano-postgres-"))
+    if as_user:
+        shutil.chown(directory, "postgres")
+    control, port = [*as_user, str(found[0] / "pg_ctl"), "-D", str(directory / "data")], free_port()
+    subprocess.run([*control, "initdb", "-o", "-A trust -U altiplano"], check=True, capture_output=True, cwd="/")
+    options = f"-p {port} -k {directory} -h 127.0.0.1 -c fsync=off"
+    subprocess.run(
+        [*control, "-l", str(directory / "log"), "-o", options, "-w", "start"], check=True, stdout=subprocess.DEVNULL, cwd="/"
+    )
+    yield f"postgresql+psycopg://altiplano@127.0.0.1:{port}/postgres"
+    subprocess.run([*control, "-m", "immediate", "stop"], check=True, capture_output=True, cwd="/")
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerInfo]:
+    """A server on SQLite, then one on PostgreSQL."""
+    uri = request.getfixturevalue("database") if request.param == "postgresql" else None
+    info = start_server(tmp_path_factory.mktemp("mlflow"), free_port(), uri)
+    yield info
+    stop(info)
