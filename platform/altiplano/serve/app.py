@@ -17,6 +17,7 @@ from altiplano.serve.gate import Gate
 from altiplano.serve.generation import Generator
 from altiplano.serve.governance import Governance
 from altiplano.serve.observability import add_observability
+from altiplano.serve.page import add_page
 from altiplano.serve.replay import Replay
 from altiplano.serve.routes import undeclared
 
@@ -76,6 +77,7 @@ def create_app(make_generator: Callable[[], Generator], governance: Governance |
         return {"version": __version__}
 
     add_observability(app, governance, make_generator)
+    add_page(app)
     missing = undeclared(app.routes)
     if missing:
         raise RuntimeError(f"routes without a scope: add {', '.join(missing)} to TABLE in serve/routes.py")
