@@ -20,6 +20,7 @@ from altiplano.models.manifest import write_manifest
 from altiplano.serve.app import create_app
 from altiplano.serve.deployment import make_generator
 from altiplano.serve.generation import Generator
+from altiplano.serve.governance import Governance
 from altiplano.serve.settings import ServeSettings
 
 
@@ -50,14 +51,14 @@ def settings(adapter: Path) -> ServeSettings:
 class Server:
     """uvicorn in a thread with an event loop of its own; `run` executes a coroutine there."""
 
-    def __init__(self, wanted: ServeSettings) -> None:
+    def __init__(self, wanted: ServeSettings, governance: Governance | None = None) -> None:
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.generator: Generator = self.run(make_generator(wanted))
         sock = socket.socket()
         sock.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        config = uvicorn.Config(create_app(lambda: self.generator), log_level="error", lifespan="off")
+        config = uvicorn.Config(create_app(lambda: self.generator, governance), log_level="error", lifespan="off")
         self._uvicorn = uvicorn.Server(config)
         self._serving = asyncio.run_coroutine_threadsafe(self._uvicorn.serve([sock]), self.loop)
         self._sock = sock

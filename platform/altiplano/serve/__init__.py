@@ -3,7 +3,18 @@
 May import: spec, data, models, engine, fastapi, ray.serve, msgspec. Must never know: MLflow, training.
 """
 
-from altiplano.serve.deployment import deploy, is_serving, undeploy
-from altiplano.serve.settings import ServeSettings
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from altiplano.serve.deployment import deploy, is_serving, undeploy
+    from altiplano.serve.settings import ServeSettings
 
 __all__ = ["ServeSettings", "deploy", "is_serving", "undeploy"]
+
+
+def __getattr__(name: str) -> Any:
+    # Ray takes seconds to import; who only needs the keys or the wire format does not wait for it.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("altiplano.serve.settings" if name == "ServeSettings" else "altiplano.serve.deployment"), name)

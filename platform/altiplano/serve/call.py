@@ -4,6 +4,7 @@ The middleware makes it; handlers and the engine's client find it through a cont
 nothing between them has to pass it on.
 """
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ class Call:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generation_tokens: int = 0
+    unfinished: dict[str, Callable[[], None]] = field(default_factory=dict)  # how to abort what the engine still does for it
     finish_reasons: list[str] = field(default_factory=list)
     first_token: float | None = None
     ended: float = 0.0
@@ -62,13 +64,17 @@ class Call:
             ApiError: 429 when the endpoint is full or the key has used its tokens; 400 when it can never fit.
         """
         now = self.governance.clock()
-        queue = self.governance.queue
-        if answers > self.places:
-            queue.enter(answers - self.places, now)
-            self.places = answers
+        self.governance.queue.enter(answers, now, held=self.places)
+        self.places = max(self.places, answers)
         if self.quota is not None:
             self.quota.charge_prompt(prompt_tokens, now)
         self.model, self.prompt_tokens = model, prompt_tokens
+
+    def abort(self) -> None:
+        """Nobody waits any more: the engine frees the pages now, not when the handler's generators are collected."""
+        for abort in self.unfinished.values():
+            abort()
+        self.unfinished.clear()
 
     def check_values(self, body: Any) -> None:
         """

@@ -85,8 +85,10 @@ class _Exchange:
             self._left.set()
             for task in (answering, leaving):
                 task.cancel()
-            # The engine is told to free the pages on the way out of the handler, so that way is waited for.
             await asyncio.gather(answering, leaving, return_exceptions=True)
+            call = current_call()
+            if call is not None:
+                call.abort()
 
     async def _answer(self, scope: Scope, send: Send) -> None:
         await self._app(scope, self._replay, send)

@@ -65,10 +65,12 @@ class Ledger:
         self.account(labels).generation_tokens += 1
         self._weigh(labels, 1.0)
 
-    def end(self, now: float) -> None:
-        """An answer has ended, for whatever reason."""
+    def end(self, labels: Labels, now: float) -> None:
+        """An answer has ended, for whatever reason. The last one of a stretch without a single token pays for it."""
         self._advance(now)
         self._running -= 1
+        if not self._running and not self._weights:
+            self._weigh(labels, 1.0)
         self._share()
 
     def account(self, labels: Labels) -> Account:

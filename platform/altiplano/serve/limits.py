@@ -129,18 +129,20 @@ class Queue:
         self.size = 0
         self._ends: deque[float] = deque(maxlen=64)
 
-    def enter(self, answers: int, now: float) -> None:
-        """
+    def enter(self, answers: int, now: float, held: int = 0) -> None:
+        """Take places for `answers`, of which `held` are taken already.
+
         Raises:
-            ApiError: 429, with an estimate of when there is room, from how fast answers ended lately.
+            ApiError: 429, with an estimate of when there is room, from how fast answers ended lately; 400 when there never is.
         """
         if answers > self.limit:
             raise ApiError(400, f"the request asks for {answers} answers, and the endpoint holds {self.limit}: ask for fewer")
-        if self.size + answers > self.limit:
+        more = max(0, answers - held)
+        if self.size + more > self.limit:
             raise _too_many(
-                f"the endpoint is full ({self.size} answers run or wait)", self.retry_after(answers, now), code="overloaded"
+                f"the endpoint is full ({self.size} answers run or wait)", self.retry_after(more, now), code="overloaded"
             )
-        self.size += answers
+        self.size += more
 
     def leave(self, answers: int, now: float) -> None:
         self.size -= answers

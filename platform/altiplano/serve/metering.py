@@ -24,12 +24,14 @@ class MeteredEngineClient(EngineClient):
         # A prefix hit is faster than a miss: with one cache for all, a key could find out what another one asks.
         more.setdefault("namespace", call.key.id if call.key else "")
         answer = Answer(call, more.get("adapter"), len(prompt))
+        call.unfinished[request_id] = lambda: self._send(m.Abort(request_id))
         try:
             async with aclosing(super().generate(request_id, prompt, sampling, **more)) as tokens:  # type: ignore[type-var]
                 async for token in tokens:
                     answer.saw(token)
                     yield token
         finally:
+            call.unfinished.pop(request_id, None)
             answer.end()
 
 
@@ -84,7 +86,7 @@ class Answer:
     def end(self) -> None:
         """The engine is done, or nobody waits any more."""
         call, metrics = self._call, self._metrics
-        self._ledger.end(self._clock())
+        self._ledger.end(self._labels, self._clock())
         if self._reason is None or self._reason == "abort":
             return
         metrics.finished(self._reason)
