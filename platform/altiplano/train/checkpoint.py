@@ -25,9 +25,15 @@ class ReportCheckpoints(TrainerCallback):
 
     def __init__(self, trainer_metrics: Any) -> None:
         self._metrics = trainer_metrics
+        self._heeded: Any = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % PREEMPTION_CHECK_STEPS == 0 and ray.train.get_preemption_info() is not None:
+        if state.global_step % PREEMPTION_CHECK_STEPS:
+            return
+        notice = ray.train.get_preemption_info()
+        # Once for each notice: it stays until the node is gone.
+        if notice is not None and notice != self._heeded:
+            self._heeded = notice
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,0 +1,122 @@
+"""Nodes that go: one that is killed and one that is given notice. The run ends as an undisturbed one does."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
+
+from altiplano.data import Prepared
+from altiplano.train import TrainResult, fit
+
+from .conftest import Nowhere, pipeline
+
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::ResourceWarning"
+    ),
+    pytest.mark.timeout(500),
+]
+PreparedData = tuple[Path, Prepared]
+SAVE_STEPS = 7
+ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # A dead node is noticed after seconds, not after half a minute.
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+}
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Cluster]:
+    """A head without CPUs and two nodes of one CPU: each worker has a node of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+        for _ in range(2):
+            cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False, runtime_env={"env_vars": ENVIRONMENT})
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
+
+
+class Run:
+    """A run of two workers in a thread: Ray wants nodes to be added from the main one."""
+
+    def __init__(self, rows: Path, prepared: PreparedData, out: Path) -> None:
+        self.checkpoints = out / "test"
+        self.result: TrainResult | BaseException | None = None
+        settings = pipeline(rows, scaling={"num_workers": 2}, training={"num_train_epochs": 5, "save_steps": SAVE_STEPS})
+
+        def work() -> None:
+            try:
+                self.result = fit(settings, prepared[0], out, sink=Nowhere(), name="test")
+            except BaseException as error:
+                self.result = error
+
+        self._thread = threading.Thread(target=work, daemon=True)
+        self._thread.start()
+
+    def wait_for_checkpoint(self, *, regular: bool) -> int:
+        """The step of the first whole checkpoint that was (not) made on schedule."""
+        pause = threading.Event()
+        while self._thread.is_alive():
+            steps = [int(p.parent.name.removeprefix("step-")) for p in self.checkpoints.glob("step-*/manifest.sha256.json")]
+            found = [step for step in steps if (step % SAVE_STEPS == 0) is regular]
+            if found:
+                return min(found)
+            pause.wait(0.05)
+        pytest.fail(f"the run ended without such a checkpoint: {self.result}")
+
+    def finish(self) -> TrainResult:
+        self._thread.join()
+        if not isinstance(self.result, TrainResult):
+            pytest.fail(f"the run failed: {self.result!r}")
+        return self.result
+
+
+@pytest.fixture(scope="module")
+def undisturbed(nodes: Cluster, rows: Path, prepared: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    return Run(rows, prepared, tmp_path_factory.mktemp("undisturbed")).finish()
+
+
+def check_equal(result: TrainResult, expected: TrainResult) -> None:
+    assert result.last_loss == pytest.approx(expected.last_loss, abs=1e-4)
+    assert result.eval_loss == pytest.approx(expected.eval_loss, abs=1e-4)
+    assert dict(result.loss_curve) == pytest.approx(dict(expected.loss_curve), abs=1e-4)
+    assert result.tokens_seen == expected.tokens_seen
+
+
+def test_a_killed_node_is_replaced_and_nothing_is_lost(
+    nodes: Cluster, rows: Path, prepared: PreparedData, undisturbed: TrainResult, tmp_path: Path
+) -> None:
+    run = Run(rows, prepared, tmp_path)
+    run.wait_for_checkpoint(regular=True)
+    nodes.remove_node(sorted(nodes.worker_nodes, key=lambda node: node.unique_id)[0], allow_graceful=False)
+    nodes.add_node(num_cpus=1)
+    check_equal(run.finish(), undisturbed)
+
+
+def test_a_node_that_is_given_notice_leaves_a_checkpoint_first(
+    nodes: Cluster, rows: Path, prepared: PreparedData, undisturbed: TrainResult, tmp_path: Path
+) -> None:
+    run = Run(rows, prepared, tmp_path)
+    run.wait_for_checkpoint(regular=True)
+    leaving = sorted(nodes.worker_nodes, key=lambda node: node.unique_id)[0]
+    accepted, reason = GcsClient(address=nodes.address).drain_node(
+        leaving.node_id, autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "the spot market", 2**62
+    )
+    assert accepted, reason
+    run.wait_for_checkpoint(regular=False)
+    nodes.remove_node(leaving, allow_graceful=False)
+    nodes.add_node(num_cpus=1)
+    check_equal(run.finish(), undisturbed)
