@@ -36,5 +36,7 @@ def crd_folder() -> Path:
     """Upstream's CRD files."""
     found = crds.folder()
     if found is None:
-        pytest.skip("no CRD files: set ALTIPLANO_CRDS to a folder laid out as tests/helm/crds.json says, or run `make crds` where a network is")
+        pytest.skip(
+            "no CRD files: set ALTIPLANO_CRDS to a folder laid out as tests/helm/crds.json says, or run `make crds` where a network is"
+        )
     return found

@@ -73,7 +73,11 @@ OPERATOR = [
     ("spec.workerGroupSpecs.0.idleTimeoutSeconds", -1, "negative"),
     ("spec.workerGroupSpecs.0.resources", {"CPU": "1"}, "exclude rayStartParams.resources"),
     ("spec.workerGroupSpecs.0.template.spec.restartPolicy", "Always", "restartPolicy must be Never"),
-    ("spec.headGroupSpec.template.spec.containers.0.env", [{"name": "RAY_enable_autoscaler_v2"}], "use autoscalerOptions.version"),
+    (
+        "spec.headGroupSpec.template.spec.containers.0.env",
+        [{"name": "RAY_enable_autoscaler_v2"}],
+        "use autoscalerOptions.version",
+    ),
     ("spec.headGroupSpec.template.spec.containers.0.env", [{"name": "RAY_REDIS_ADDRESS"}], "without gcsFaultToleranceOptions"),
     ("spec.gcsFaultToleranceOptions", {"redisAddress": "r:1", "storage": {}}, "only with rocksdb"),
     ("spec.gcsFaultToleranceOptions", {"backend": "rocksdb"}, "feature gate"),

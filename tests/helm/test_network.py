@@ -19,8 +19,17 @@ class Release:
 
     def __init__(self, objects: list[Object]) -> None:
         self.policies = charts.of_kind(objects, "NetworkPolicy")
-        self.pods = {pod["metadata"]["name"].removeprefix("trial-altiplano-"): pod for pod in pods.pods([*objects, charts.ray_cluster(objects)])}
-        self.pods |= {"stranger": STRANGER, "neighbour": NEIGHBOUR, "operator": OPERATOR, "prometheus": PROMETHEUS, "submitter": SUBMITTER}
+        self.pods = {
+            pod["metadata"]["name"].removeprefix("trial-altiplano-"): pod
+            for pod in pods.pods([*objects, charts.ray_cluster(objects)])
+        }
+        self.pods |= {
+            "stranger": STRANGER,
+            "neighbour": NEIGHBOUR,
+            "operator": OPERATOR,
+            "prometheus": PROMETHEUS,
+            "submitter": SUBMITTER,
+        }
 
     def allows(self, source: str, target: str, port: int) -> bool:
         """Whether one reaches the other."""
@@ -97,7 +106,12 @@ def test_what_nobody_needs_is_closed(release: Release, source: str, target: str,
 
 
 def test_only_heads_and_the_hook_reach_the_kubernetes_api(release: Release) -> None:
-    reaching = {name for name, pod in release.pods.items() if name not in ("stranger", "neighbour", "operator", "prometheus", "submitter") and network.allows_out(release.policies, pod, 6443)}
+    reaching = {
+        name
+        for name, pod in release.pods.items()
+        if name not in ("stranger", "neighbour", "operator", "prometheus", "submitter")
+        and network.allows_out(release.policies, pod, 6443)
+    }
     assert reaching == {"jobs-head", "endpoint-head", "jobs-apply"}
 
 

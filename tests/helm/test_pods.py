@@ -53,7 +53,10 @@ def test_autoscalers_are_restricted_too(chart: Path, helm4: charts.Helm4) -> Non
 def test_only_autoscaling_heads_and_the_hook_hold_a_token(rendered: list[Object]) -> None:
     for pod in rendered:
         token = pod["spec"]["automountServiceAccountToken"]
-        may = pod["metadata"]["labels"]["app.kubernetes.io/component"] == "hook" or pod["metadata"]["labels"].get("ray.io/node-type") == "head"
+        may = (
+            pod["metadata"]["labels"]["app.kubernetes.io/component"] == "hook"
+            or pod["metadata"]["labels"].get("ray.io/node-type") == "head"
+        )
         assert not token or may, _name(pod)
         assert pod["spec"]["serviceAccountName"] != "default", _name(pod)
         assert pod["spec"]["enableServiceLinks"] is False, _name(pod)
@@ -88,7 +91,9 @@ def test_long_running_containers_are_probed(rendered: list[Object]) -> None:
             if container["name"] in RUNS_ONCE:
                 continue
             probes = [name for name in ("startupProbe", "readinessProbe", "livenessProbe") if name in container]
-            assert probes == ([] if container["name"] in BY_KUBERAY else ["startupProbe", "readinessProbe", "livenessProbe"]), _name(pod)
+            assert probes == ([] if container["name"] in BY_KUBERAY else ["startupProbe", "readinessProbe", "livenessProbe"]), (
+                _name(pod)
+            )
             ports = {port["name"] for port in container["ports"]}
             for probe in (container[name] for name in probes):
                 port = probe.get("httpGet", probe.get("tcpSocket", {})).get("port")
@@ -127,7 +132,10 @@ def test_accounts_claims_and_config_maps_exist(chart: Path, helm4: charts.Helm4)
     for name, values in MATRIX.items():
         objects = helm4.template(chart, values)
         hooked = any("raycluster.json" in o["data"] for o in charts.of_kind(objects, "ConfigMap"))
-        accounts, claims, maps = ({o["metadata"]["name"] for o in charts.of_kind(objects, kind)} for kind in ("ServiceAccount", "PersistentVolumeClaim", "ConfigMap"))
+        accounts, claims, maps = (
+            {o["metadata"]["name"] for o in charts.of_kind(objects, kind)}
+            for kind in ("ServiceAccount", "PersistentVolumeClaim", "ConfigMap")
+        )
         for pod in pods.pods([*objects, charts.ray_cluster(objects)] if hooked else objects):
             assert pod["spec"]["serviceAccountName"] in accounts, (name, _name(pod))
             for volume in pod["spec"].get("volumes", []):

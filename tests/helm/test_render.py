@@ -103,14 +103,22 @@ def test_a_long_release_name_is_cut_with_a_digest(chart: Path, helm4: charts.Hel
 
 @pytest.mark.parametrize("name", MATRIX)
 def test_lint_is_silent(chart: Path, name: str) -> None:
-    assert [m for m in helm_python.lint(chart, MATRIX[name], strict=True, namespace=charts.NAMESPACE)["messages"] if m["severity"] > INFO] == []
+    assert [
+        m
+        for m in helm_python.lint(chart, MATRIX[name], strict=True, namespace=charts.NAMESPACE)["messages"]
+        if m["severity"] > INFO
+    ] == []
 
 
 def test_the_package_holds_what_the_folder_holds(chart: Path, tmp_path: Path) -> None:
     archive = helm_python.package(chart, destination=tmp_path)
     with tarfile.open(archive) as package:
         packed = {Path(name).relative_to("altiplano").as_posix() for name in package.getnames()}
-    wanted = {path.relative_to(chart).as_posix() for path in chart.rglob("*") if path.is_file() and "charts/" not in path.relative_to(chart).as_posix()}
+    wanted = {
+        path.relative_to(chart).as_posix()
+        for path in chart.rglob("*")
+        if path.is_file() and "charts/" not in path.relative_to(chart).as_posix()
+    }
     assert wanted <= packed
     assert not any(name.startswith("crds/") for name in packed), "the chart must not own KubeRay's kinds"
 
@@ -132,7 +140,12 @@ def test_notes_say_what_to_do_next(chart: Path, helm4: charts.Helm4) -> None:
 
 
 def test_the_air_gap_list_names_every_image(chart: Path, helm4: charts.Helm4) -> None:
-    used = {c["image"] for values in ({}, MATRIX["monitoring"]) for pod in pods.pods(_with_cluster(helm4.template(chart, values))) for c in pods.containers(pod)}
+    used = {
+        c["image"]
+        for values in ({}, MATRIX["monitoring"])
+        for pod in pods.pods(_with_cluster(helm4.template(chart, values)))
+        for c in pods.containers(pod)
+    }
     listed = {line for line in (chart / "images.txt").read_text().splitlines() if line and not line.startswith("#")}
     assert used == listed
 
@@ -140,7 +153,11 @@ def test_the_air_gap_list_names_every_image(chart: Path, helm4: charts.Helm4) ->
 @pytest.mark.parametrize("script", sorted((charts.CHART / "files").glob("*.py")), ids=lambda path: path.name)
 def test_scripts_need_nothing_but_python(script: Path) -> None:
     """They run in a pod: `-S -I` hides everything that is installed here."""
-    subprocess.run([sys.executable, "-S", "-I", "-c", f"import runpy; runpy.run_path({str(script)!r}, run_name='imported')"], check=True, timeout=30)
+    subprocess.run(
+        [sys.executable, "-S", "-I", "-c", f"import runpy; runpy.run_path({str(script)!r}, run_name='imported')"],
+        check=True,
+        timeout=30,
+    )
 
 
 def _with_cluster(objects: list[charts.Object]) -> list[charts.Object]:

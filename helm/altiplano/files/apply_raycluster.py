@@ -35,7 +35,10 @@ def with_live_counts(wanted: Json, live: Json | None) -> Json:
     if live is None or not wanted["spec"].get("enableInTreeAutoscaling"):
         return wanted
     before = {group["groupName"]: group for group in live["spec"].get("workerGroupSpecs", [])}
-    return {**wanted, "spec": {**wanted["spec"], "workerGroupSpecs": [_group(g, before) for g in wanted["spec"]["workerGroupSpecs"]]}}
+    return {
+        **wanted,
+        "spec": {**wanted["spec"], "workerGroupSpecs": [_group(g, before) for g in wanted["spec"]["workerGroupSpecs"]]},
+    }
 
 
 def _group(wanted: Json, before: Mapping[str, Json]) -> Json:
@@ -70,14 +73,18 @@ class Api:
 
     def _call(self, method: str, path: str, body: Json | None) -> Json:
         data = None if body is None else json.dumps(body).encode()
-        headers = {"Authorization": f"Bearer {self._token}", "Accept": "application/json", "Content-Type": "application/apply-patch+yaml"}
+        headers = {
+            "Authorization": f"Bearer {self._token}",
+            "Accept": "application/json",
+            "Content-Type": "application/apply-patch+yaml",
+        }
         request = urllib.request.Request(self._base + path, data, headers, method=method)  # noqa: S310  (the API server's address)
         with urllib.request.urlopen(request, timeout=30, context=self._context) as response:  # noqa: S310
             answer: Json = json.load(response)
         return answer
 
 
-def apply(api: Api, wanted: Json, owner: str) -> str:
+def apply(api: Api, wanted: Json, owner: str, pause_s: float = 0.05) -> str:
     """Apply `wanted`, owned by the ConfigMap `owner` of its namespace; returns a line that says what happened.
 
     Raises:
@@ -97,7 +104,7 @@ def apply(api: Api, wanted: Json, owner: str) -> str:
         try:
             _explained(lambda body=body: api.apply(path, body))
         except _Changed:
-            time.sleep(0.05 * attempt)
+            time.sleep(pause_s * attempt)
             continue
         counts = ", ".join(f"{g['groupName']}={g['replicas']}" for g in body["spec"]["workerGroupSpecs"])
         return f"RayCluster {namespace}/{name} {'created' if live is None else 'updated'}: replicas {counts}"

@@ -30,8 +30,24 @@ def auth_ini(uri: str) -> str:
 
 def command(environment: dict[str, str]) -> list[str]:
     """The server's arguments. The backend store comes by MLFLOW_BACKEND_STORE_URI."""
-    server = ["mlflow", "server", "--host", "0.0.0.0", "--port", environment.get("MLFLOW_PORT", "5000"), "--app-name", "basic-auth"]  # noqa: S104
-    return [*server, "--workers", environment["MLFLOW_WORKERS"], "--serve-artifacts", "--artifacts-destination", environment["ARTIFACTS_DESTINATION"]]
+    server = [
+        "mlflow",
+        "server",
+        "--host",
+        "0.0.0.0",
+        "--port",
+        environment.get("MLFLOW_PORT", "5000"),
+        "--app-name",
+        "basic-auth",
+    ]  # noqa: S104
+    return [
+        *server,
+        "--workers",
+        environment["MLFLOW_WORKERS"],
+        "--serve-artifacts",
+        "--artifacts-destination",
+        environment["ARTIFACTS_DESTINATION"],
+    ]
 
 
 def main() -> None:

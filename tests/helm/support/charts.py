@@ -57,7 +57,7 @@ class Helm3:
     name = "helm3"
 
     def __init__(self, binary: Path) -> None:
-        self._binary = binary
+        self.binary = binary
 
     @classmethod
     def find(cls) -> "Helm3 | None":
@@ -67,12 +67,16 @@ class Helm3:
 
     def template(self, chart: Path, values: Values, release: str = RELEASE) -> list[Object]:
         """As Helm."""
-        return list(_objects(self.run("template", release, str(chart), "-n", NAMESPACE, "--kube-version", KUBERNETES, "-f", "-", values=values)))
+        return list(
+            _objects(
+                self.run("template", release, str(chart), "-n", NAMESPACE, "--kube-version", KUBERNETES, "-f", "-", values=values)
+            )
+        )
 
     def run(self, *arguments: str, values: Values | None = None) -> str:
         """The output of a command; `values` go to its standard input."""
         text = None if values is None else json.dumps(values)
-        done = subprocess.run([self._binary, *arguments], input=text, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run([self.binary, *arguments], input=text, capture_output=True, text=True, timeout=60, check=False)
         if done.returncode:
             raise RefusedError(done.stderr)
         return done.stdout
@@ -105,7 +109,10 @@ def merged(*layers: Values) -> Values:
 
 
 def _merge(below: Values, above: Values) -> Values:
-    both = {key: _merge(below[key], value) if isinstance(value, dict) and isinstance(below.get(key), dict) else value for key, value in above.items()}
+    both = {
+        key: _merge(below[key], value) if isinstance(value, dict) and isinstance(below.get(key), dict) else value
+        for key, value in above.items()
+    }
     return {**below, **both}
 
 

@@ -20,7 +20,11 @@ KUBERAY_VERSIONS = ("1.5.1", "1.6.2", "1.7.0")
 
 def folder() -> Path | None:
     """Where upstream's CRD files are: ALTIPLANO_CRDS, beside the checkout, or where `make crds` downloads them."""
-    candidates = [Path(os.environ["ALTIPLANO_CRDS"])] if "ALTIPLANO_CRDS" in os.environ else [ROOT.parent / "shared" / "crds", ROOT / ".venv" / "tools" / "crds"]
+    candidates = (
+        [Path(os.environ["ALTIPLANO_CRDS"])]
+        if "ALTIPLANO_CRDS" in os.environ
+        else [ROOT.parent / "shared" / "crds", ROOT / ".venv" / "tools" / "crds"]
+    )
     return next((path for path in candidates if path.is_dir()), None)
 
 
@@ -49,7 +53,10 @@ class Crds:
         """What a server would say; empty when it takes the object."""
         schema = self._kinds[manifest["apiVersion"], manifest["kind"]]
         full = self.defaulted(manifest)
-        found = [f"{_path(e.absolute_path)}: {e.message[:200]}" for e in _validator(manifest["apiVersion"], manifest["kind"], id(schema), self).iter_errors(full)]
+        found = [
+            f"{_path(e.absolute_path)}: {e.message[:200]}"
+            for e in _validator(manifest["apiVersion"], manifest["kind"], id(schema), self).iter_errors(full)
+        ]
         return found or list(_broken_rules(full, schema, ""))
 
     def schema(self, api: str, kind: str) -> Schema:
@@ -81,7 +88,11 @@ def _validator(api: str, kind: str, identity: int, crds: Crds) -> jsonschema.Dra
 
 def _strict(schema: Schema, *, root: bool = False) -> Schema:
     """The structural schema as JSON Schema: unknown fields are errors, int-or-string and nullable have their meaning."""
-    result = {key: value for key, value in schema.items() if not key.startswith("x-kubernetes-") and key not in ("nullable", "format", "default")}
+    result = {
+        key: value
+        for key, value in schema.items()
+        if not key.startswith("x-kubernetes-") and key not in ("nullable", "format", "default")
+    }
     if "properties" in result:
         result["properties"] = {name: _strict(child) for name, child in result["properties"].items()}
         if not schema.get("x-kubernetes-preserve-unknown-fields") and "additionalProperties" not in result:

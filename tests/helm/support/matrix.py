@@ -25,7 +25,11 @@ ROUTES: Values = {
         "mlflow": {"enabled": True, "host": "mlflow.example.com", "insecure": True},
     },
     "httpRoute": {
-        "endpoint": {"enabled": True, "hostnames": ["api.example.com"], "parentRefs": [{"name": "public", "namespace": "gateways"}]},
+        "endpoint": {
+            "enabled": True,
+            "hostnames": ["api.example.com"],
+            "parentRefs": [{"name": "public", "namespace": "gateways"}],
+        },
         "mlflow": {"enabled": True, "hostnames": ["runs.example.com"], "parentRefs": [{"name": "public"}]},
     },
 }
@@ -33,11 +37,19 @@ DIGEST = "sha256:" + "a" * 64
 SCHEDULING: Values = {
     "nodeSelector": {"pool": "a"},
     "tolerations": [{"key": "dedicated", "operator": "Equal", "value": "llama", "effect": "NoSchedule"}],
-    "affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchExpressions": [{"key": "pool", "operator": "Exists"}]}]}}},
+    "affinity": {
+        "nodeAffinity": {
+            "requiredDuringSchedulingIgnoredDuringExecution": {
+                "nodeSelectorTerms": [{"matchExpressions": [{"key": "pool", "operator": "Exists"}]}]
+            }
+        }
+    },
     "podAnnotations": {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"},
 }
 RAY_SCHEDULING: Values = SCHEDULING | {
-    "topologySpreadConstraints": [{"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway", "labelSelector": {}}],
+    "topologySpreadConstraints": [
+        {"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway", "labelSelector": {}}
+    ],
     "priorityClassName": "batch",
     "runtimeClassName": "nvidia",
     "env": [{"name": "NCCL_DEBUG", "value": "WARN"}],
@@ -50,11 +62,22 @@ MATRIX: dict[str, Values] = {
     "gpu": values_file("values-gpu.yaml"),
     "cpu-trial": values_file("values-cpu-trial.yaml"),
     "helm-owned": {"rayCluster": {"apply": "helm"}},
-    "fixed-size": {"rayCluster": {"autoscaling": {"enabled": False}, "workerGroups": {"training": {"replicas": 2}}}, "kueue": {"queueName": "gpus", "priorityClassName": "high"}},
+    "fixed-size": {
+        "rayCluster": {"autoscaling": {"enabled": False}, "workerGroups": {"training": {"replicas": 2}}},
+        "kueue": {"queueName": "gpus", "priorityClassName": "high"},
+    },
     "no-auth": {"rayCluster": {"auth": {"mode": "disabled"}}, "endpoint": {"auth": {"mode": "disabled"}, "apiKeys": False}},
     "jobs-survive-heads": {"rayCluster": {"gcsFaultTolerance": True}, "endpoint": {"enabled": False}},
-    "jobs-only": {"endpoint": {"enabled": False}, "mlflow": {"enabled": False, "externalUri": "https://mlflow.example.com"}, "redis": {"enabled": False}},
-    "endpoint-only": {"rayCluster": {"enabled": False}, "mlflow": {"enabled": False}, "endpoint": {"replicas": {"min": 2, "max": 2}, "haProxy": False}},
+    "jobs-only": {
+        "endpoint": {"enabled": False},
+        "mlflow": {"enabled": False, "externalUri": "https://mlflow.example.com"},
+        "redis": {"enabled": False},
+    },
+    "endpoint-only": {
+        "rayCluster": {"enabled": False},
+        "mlflow": {"enabled": False},
+        "endpoint": {"replicas": {"min": 2, "max": 2}, "haProxy": False},
+    },
     "mlflow-only": {"rayCluster": {"enabled": False}, "endpoint": {"enabled": False}},
     "monitoring": merged(MONITORING, {"backup": {"enabled": True}, "podDisruptionBudget": {"training": {"enabled": True}}}),
     "outside": merged(OUTSIDE, {"backup": {"enabled": True, "existingClaim": "backups"}}),
@@ -66,13 +89,22 @@ MATRIX: dict[str, Values] = {
         "hubOffline": True,
         "networkPolicy": {"httpsEgressCidrs": []},
     },
-    "open-network": {"networkPolicy": {"enabled": False}, "helmTest": {"enabled": False}, "podDisruptionBudget": {"endpoint": {"enabled": False}}},
+    "open-network": {
+        "networkPolicy": {"enabled": False},
+        "helmTest": {"enabled": False},
+        "podDisruptionBudget": {"endpoint": {"enabled": False}},
+    },
     "placed": {
         "commonLabels": {"team": "llamas"},
         "mlflow": SCHEDULING,
         "postgresql": SCHEDULING,
         "redis": SCHEDULING,
-        "rayCluster": {"head": RAY_SCHEDULING, "workerGroups": {"training": RAY_SCHEDULING | {"customResources": {"H200": 1}, "idleTimeoutSeconds": 60, "numOfHosts": 2}}},
+        "rayCluster": {
+            "head": RAY_SCHEDULING,
+            "workerGroups": {
+                "training": RAY_SCHEDULING | {"customResources": {"H200": 1}, "idleTimeoutSeconds": 60, "numOfHosts": 2}
+            },
+        },
         "endpoint": {"head": RAY_SCHEDULING, "worker": RAY_SCHEDULING},
     },
     "own-groups": {
@@ -80,20 +112,38 @@ MATRIX: dict[str, Values] = {
             "workerGroups": {
                 "training": None,
                 "preprocessing": {"enabled": False},
-                "big": {"minReplicas": 1, "maxReplicas": 1, "resources": {"requests": {"cpu": "1", "memory": "4Gi"}, "limits": {"cpu": "1", "memory": "4Gi"}}},
+                "big": {
+                    "minReplicas": 1,
+                    "maxReplicas": 1,
+                    "resources": {"requests": {"cpu": "1", "memory": "4Gi"}, "limits": {"cpu": "1", "memory": "4Gi"}},
+                },
             },
             "extraSpec": {"headServiceAnnotations": {"team": "llamas"}},
         }
     },
     "adapters": {"endpoint": {"adapters": {"orders-7": "/workspace/adapters/orders-7"}, "aliases": {"champion": "orders-7"}}},
     "long-name": {"fullnameOverride": "a-name-that-is-as-long-as-we-take"},
-    "extra": {"extraObjects": [{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "{{ .Release.Name }}-extra"}, "data": {}}, "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: text}\ndata: {}\n"]},
+    "extra": {
+        "extraObjects": [
+            {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "{{ .Release.Name }}-extra"}, "data": {}},
+            "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: text}\ndata: {}\n",
+        ]
+    },
 }
 # Fields that need a newer KubeRay, with the version that has them.
 NEWER: dict[str, tuple[str, Values]] = {
-    "own-token": ("1.6.2", {"kuberayVersion": "1.6.2", "rayCluster": {"auth": {"existingSecret": "token"}, "upgradeStrategy": "Recreate"}}),
+    "own-token": (
+        "1.6.2",
+        {"kuberayVersion": "1.6.2", "rayCluster": {"auth": {"existingSecret": "token"}, "upgradeStrategy": "Recreate"}},
+    ),
     "incremental": (
         "1.5.1",
-        {"kuberayVersion": "1.5.1", "endpoint": {"upgradeStrategy": "NewClusterWithIncrementalUpgrade", "incrementalUpgrade": {"gatewayClassName": "istio"}}},
+        {
+            "kuberayVersion": "1.5.1",
+            "endpoint": {
+                "upgradeStrategy": "NewClusterWithIncrementalUpgrade",
+                "incrementalUpgrade": {"gatewayClassName": "istio"},
+            },
+        },
     ),
 }

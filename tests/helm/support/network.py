@@ -12,7 +12,11 @@ def allows(policies: list[Object], source: Object, target: Object, port: int) ->
 
 def allows_out(policies: list[Object], source: Object, port: int) -> bool:
     """Whether the pod may open a TCP connection to some address outside."""
-    return any(_port(rule, port) and _outside(rule) for policy in _of(policies, source, "egress") for rule in policy["spec"].get("egress", []))
+    return any(
+        _port(rule, port) and _outside(rule)
+        for policy in _of(policies, source, "egress")
+        for rule in policy["spec"].get("egress", [])
+    )
 
 
 def _outside(rule: dict[str, Any]) -> bool:
@@ -24,7 +28,9 @@ def _passes(policies: list[Object], direction: str, pod: Object, other: Object, 
     if not selecting:
         return True
     key = "to" if direction == "egress" else "from"
-    return any(_port(rule, port) and _peer(rule.get(key), other) for policy in selecting for rule in policy["spec"].get(direction, []))
+    return any(
+        _port(rule, port) and _peer(rule.get(key), other) for policy in selecting for rule in policy["spec"].get(direction, [])
+    )
 
 
 def _of(policies: list[Object], pod: Object, direction: str) -> list[Object]:

@@ -135,7 +135,11 @@ def _incremental(spec: Spec, options: Spec | None) -> Iterator[str]:
         yield "an incremental upgrade needs enableInTreeAutoscaling"
     if options is None:
         yield "an incremental upgrade needs clusterUpgradeOptions"
-    elif not options["gatewayClassName"] or options["stepSizePercent"] > options.get("maxSurgePercent", 100) or options["intervalSeconds"] <= 0:
+    elif (
+        not options["gatewayClassName"]
+        or options["stepSizePercent"] > options.get("maxSurgePercent", 100)
+        or options["intervalSeconds"] <= 0
+    ):
         yield "clusterUpgradeOptions: a class, a step of at most the surge, and an interval above 0"
 
 

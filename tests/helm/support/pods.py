@@ -32,7 +32,9 @@ def _of(manifest: Object) -> Iterator[Object]:
 
 
 def _ray(spec: dict[str, Any], name: str, namespace: str | None) -> Iterator[Object]:
-    yield _pod(spec["headGroupSpec"]["template"], f"{name}-head", namespace, {"ray.io/node-type": "head", "ray.io/group": "headgroup"})
+    yield _pod(
+        spec["headGroupSpec"]["template"], f"{name}-head", namespace, {"ray.io/node-type": "head", "ray.io/group": "headgroup"}
+    )
     for group in spec["workerGroupSpecs"]:
         labels = {"ray.io/node-type": "worker", "ray.io/group": group["groupName"]}
         yield _pod(group["template"], f"{name}-{group['groupName']}", namespace, labels)
@@ -45,7 +47,12 @@ def _pod(template: dict[str, Any], name: str, namespace: str | None, labels: dic
     return {
         "apiVersion": "v1",
         "kind": "Pod",
-        "metadata": {"name": name, "namespace": namespace, "labels": {**given, **labels}, "annotations": metadata.get("annotations", {})},
+        "metadata": {
+            "name": name,
+            "namespace": namespace,
+            "labels": {**given, **labels},
+            "annotations": metadata.get("annotations", {}),
+        },
         "spec": copy.deepcopy(template["spec"]),
     }
 
