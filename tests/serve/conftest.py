@@ -57,6 +57,7 @@ class Server:
         self.generator: Generator = self.run(make_generator(wanted))
         sock = socket.socket()
         sock.bind(("127.0.0.1", 0))
+        sock.listen(128)  # clients may come before uvicorn accepts
         self.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
         config = uvicorn.Config(create_app(lambda: self.generator, governance), log_level="error", lifespan="off")
         self._uvicorn = uvicorn.Server(config)

@@ -34,6 +34,7 @@ class EngineClient:
         self._settings = settings
         self._adapters: dict[str, str] = {}
         self._streams: dict[str, asyncio.Queue[m.Token | Exception]] = {}
+        self._waits: dict[str, float] = {}
         self._calls: dict[int, asyncio.Future[m.Done]] = {}
         self._numbers = itertools.count()
         self._ready = asyncio.Event()
@@ -107,6 +108,7 @@ class EngineClient:
                 yield news
         finally:
             self._streams.pop(request_id, None)
+            self._waits.pop(request_id, None)
             if not finished:
                 self._send(m.Abort(request_id))
 
@@ -181,6 +183,7 @@ class EngineClient:
 
     async def _take(self, report: m.Report) -> None:
         if isinstance(report, m.Step):
+            self._waits.update(report.waits)
             for token in report.tokens:
                 stream = self._streams.get(token.request_id)
                 if stream is not None:

@@ -42,7 +42,8 @@ class Loop:
             news = self._engine.step()
             if news:
                 self._tell_grammars(news)
-                self._send(m.Step([_token(output) for output in news]))
+                waits = {output.request_id: output.queue_seconds for output in news if output.queue_seconds is not None}
+                self._send(m.Step([_token(output) for output in news], waits))
         self._grammars.close()
 
     def _take_commands(self) -> bool:

@@ -1,5 +1,6 @@
 """OpenAI's error object for every answer that is not a success."""
 
+import re
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -13,6 +14,10 @@ TYPES = {
 }
 
 
+# How pydantic names the forms of a value in a finding's place: "str", "list[TextPart]".
+_FORM = re.compile(r"str|int|(?:list|dict|constrained-|function-)\W.*|NamedTool|literal\[.*|\[key\]")
+
+
 class ApiError(Exception):
     """An answer other than 2xx."""
 
@@ -24,9 +29,10 @@ class ApiError(Exception):
 
     @classmethod
     def from_problems(cls, problems: Any) -> "ApiError":
-        """400 for the first of pydantic's findings, in its words, at the field's name."""
-        first = problems[0]
-        where = ".".join(str(part) for part in first["loc"])
+        """400 for the first field of pydantic's findings, in its words. Where a value may have several forms, each form has a
+        finding: the one that got furthest is the form that was meant."""
+        first = max((p for p in problems if p["loc"][:1] == problems[0]["loc"][:1]), key=lambda p: len(p["loc"]))
+        where = ".".join(str(part) for part in first["loc"] if not _FORM.fullmatch(str(part)))
         said = first["msg"].removeprefix("Value error, ")
         return cls(400, f"{where}: {said}" if where else said, param=where or None)
 

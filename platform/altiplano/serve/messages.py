@@ -83,10 +83,11 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: tuple[float, ...] = ()
 
 
-class Step(msgspec.Struct, frozen=True, tag="step"):
-    """All news of one step, in one message."""
+class Step(msgspec.Struct, frozen=True, tag="step", omit_defaults=True):
+    """All news of one step, in one message. `waits`: seconds in the queue, of requests whose first token is here."""
 
     tokens: list[Token]
+    waits: dict[str, float] = {}
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
