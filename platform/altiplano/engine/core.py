@@ -27,6 +27,7 @@ class TokenOutput:
     finish_reason: str | None = None  # stop, length or abort
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[float, ...] = ()  # of prompt tokens 1, 2, …; with the first output, when they were asked for
+    queue_seconds: float | None = None  # from arrival to the first step; with the first output
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class Engine:
             adapter,
             priority,
             namespace,
+            arrived=time.perf_counter(),
         )
         self._requests[request_id] = request
         self._scheduler.add(request)
@@ -259,8 +261,10 @@ class Engine:
         if reason is not None:
             self._scheduler.finish(request, reason)
             del self._requests[request.request_id]
-        prompt = tuple(request.prompt_logprobs) if request.num_generated <= 1 else ()
-        return TokenOutput(request.request_id, token, drawn.logprob, drawn.top, reason, request.num_cached_tokens, prompt)
+        found, cached = (request.request_id, token, drawn.logprob, drawn.top, reason), request.num_cached_tokens
+        if request.num_generated > 1 or request.admitted is None:
+            return TokenOutput(*found, cached)
+        return TokenOutput(*found, cached, tuple(request.prompt_logprobs), request.admitted - request.arrived)
 
     def _ends(self, params: SamplingParams, token: int) -> bool:
         return token in params.stop_token_ids or (not params.ignore_eos and token in self.runner.eos_token_ids)

@@ -43,6 +43,8 @@ class Request:
     slot: int | None = None
     prompt_logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None
+    arrived: float = 0.0  # seconds of time.perf_counter
+    admitted: float | None = None  # for the first time
     allowed: bytes | None = None  # of a structured request: a bit per token that may come next, lowest bit first
 
     @property

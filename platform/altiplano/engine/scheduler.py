@@ -6,6 +6,7 @@ gives its pages up and waits again with everything it has said so far. The first
 holds at least one request of the longest length: every request ends.
 """
 
+import time
 from dataclasses import dataclass
 
 from altiplano.engine.pages import PagePool
@@ -143,6 +144,7 @@ class Scheduler:
                 break
             self.waiting.remove(request)
             request.state, request.slot = State.RUNNING, self._slots.pop()
+            request.admitted = request.admitted or time.perf_counter()
             self.running.append(request)
             chunks.append(self._chunk(request, n))
             budget -= n

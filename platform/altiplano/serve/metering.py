@@ -28,6 +28,8 @@ class MeteredEngineClient(EngineClient):
         try:
             async with aclosing(super().generate(request_id, prompt, sampling, **more)) as tokens:  # type: ignore[type-var]
                 async for token in tokens:
+                    if request_id in self._waits:
+                        answer.waited(self._waits.pop(request_id))
                     answer.saw(token)
                     yield token
         finally:
@@ -82,6 +84,10 @@ class Answer:
         self._call.generation_tokens += 1
         if self._tokens is not None:
             self._tokens.take(1)
+
+    def waited(self, seconds: float) -> None:
+        """How long the engine let it wait before its first step."""
+        self._metrics.queued.observe(seconds)
 
     def end(self) -> None:
         """The engine is done, or nobody waits any more."""

@@ -1,0 +1,186 @@
+"""What a scrape, a log line and a trace say about requests; and that none of them says what was asked."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+
+from altiplano.serve.gpu_metrics import GpuCollector
+from altiplano.serve.logs import ACCESS, JsonFormatter
+from altiplano.serve.tracing import NoTraces, OtelTraces, make_traces
+
+from .test_gate import LONG, SHORT, Guarded
+
+SECRET = "Zanzibar"
+CHAT: dict[str, Any] = {
+    "model": "champion",
+    "messages": [{"role": "user", "content": f"Where is {SECRET}?"}],
+    "max_tokens": 12,
+    "temperature": 0,
+}
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+@pytest.fixture(scope="module")
+def spans() -> InMemorySpanExporter:
+    return InMemorySpanExporter()
+
+
+@pytest.fixture(scope="module")
+def guarded(adapter: Path, tmp_path_factory: pytest.TempPathFactory, spans: InMemorySpanExporter) -> Iterator[Guarded]:
+    made = Guarded(adapter, tmp_path_factory.mktemp("keys"))
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    made.governance.traces = OtelTraces(provider)
+    yield made
+    made.close()
+
+
+def scrape(guarded: Guarded) -> Samples:
+    with guarded.http(guarded.admin) as http:
+        text = http.get("/metrics").text
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_every_metric_of_an_answer_under_vllms_meaning(guarded: Guarded) -> None:
+    key = guarded.key("measured")
+    labels = {"model": "champion", "arm": "orders-1", "key": key.split("-")[1]}
+    with guarded.http(key) as http:
+        usage = http.post("/v1/chat/completions", json=CHAT | {"ignore_eos": True}).json()["usage"]
+        http.post("/v1/chat/completions", json=CHAT | {"ignore_eos": True})
+    found = scrape(guarded)
+
+    def value(name: str, **more: str) -> float:
+        return found[(f"altiplano_{name}", frozenset((labels | more).items()))]
+
+    prompt = usage["prompt_tokens"]
+    assert value("prompt_tokens_total") == value("prefix_cache_queries_total") == 2 * prompt
+    assert value("prefix_cache_hits_total") == prompt // 32 * 32
+    assert value("generation_tokens_total") == 24
+    assert value("request_success_total", finished_reason="length") == 2
+    for name, count in (
+        ("time_to_first_token", 2),
+        ("request_queue_time", 2),
+        ("time_per_output_token", 2),
+        ("inter_token_latency", 22),
+        ("e2e_request_latency", 2),
+    ):
+        assert value(f"{name}_seconds_count") == count, name
+    whole, first = value("e2e_request_latency_seconds_sum"), value("time_to_first_token_seconds_sum")
+    assert 0 < value("request_queue_time_seconds_sum") < first < whole
+    assert value("inter_token_latency_seconds_sum") == pytest.approx(whole - first, rel=1e-6)
+    assert value("time_per_output_token_seconds_sum") == pytest.approx((whole - first) / 11, rel=1e-6)
+    assert value("cost_usd_total") > 0
+    route = frozenset({"route": "/v1/chat/completions", "status": "200"}.items())
+    assert found[("altiplano_requests_total", route)] == 2
+
+
+def test_the_engines_own_state(guarded: Guarded) -> None:
+    with guarded.http(guarded.user) as http, http.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        busy = scrape(guarded)
+    guarded.run(idle(guarded))
+    after = scrape(guarded)
+    none: frozenset[tuple[str, str]] = frozenset()
+    assert busy[("altiplano_num_requests_running", none)] == 1 and after[("altiplano_num_requests_running", none)] == 0
+    assert 0 < busy[("altiplano_kv_cache_usage_perc", none)] <= 1
+    assert busy[("altiplano_num_requests_waiting", none)] == 0 and busy[("altiplano_engine_up", none)] == 1
+
+
+async def idle(guarded: Guarded) -> None:
+    while guarded.governance.queue.size:
+        await guarded.generator.client.stats()
+
+
+def test_refusals_are_counted_with_their_reason_and_key(guarded: Guarded) -> None:
+    key = guarded.key("eager", requests_per_minute=1)
+    with guarded.http(key) as http:
+        assert [http.post("/v1/completions", json=SHORT).status_code for _ in range(3)] == [200, 429, 429]
+    labels = frozenset({"reason": "rate_limit_exceeded", "key": key.split("-")[1]}.items())
+    assert scrape(guarded)[("altiplano_requests_rejected_total", labels)] == 2
+
+
+def test_clients_cannot_make_series(guarded: Guarded) -> None:
+    def invent(name: str) -> set[Any]:
+        with guarded.http(guarded.admin) as http:
+            http.post("/v1/completions", json=SHORT | {"model": name})
+            http.get(f"/{name}")
+            http.request(name, "/health")
+        return set(scrape(guarded))
+
+    series = invent("made-up-1")
+    assert invent("made-up-2") == series and not any("made-up" in str(labels) for _, labels in series)
+
+
+def test_usage_is_a_keys_own_and_everybodys_for_an_administrator(guarded: Guarded) -> None:
+    key = guarded.key("payer")
+    with guarded.http(key) as http:
+        http.post("/v1/completions", json=SHORT)
+        rows = http.get("/v1/usage").json()["data"]
+    assert [row["key"] for row in rows] == [key.split("-")[1]]
+    assert rows[0]["prompt_tokens"] == 3 and rows[0]["completion_tokens"] == 4 and rows[0]["requests"] == 1
+    assert rows[0]["usd_per_million_tokens"] == pytest.approx(rows[0]["cost_usd"] / 7 * 1e6)
+    with guarded.http(guarded.admin) as http:
+        everybody = http.get("/v1/usage").json()["data"]
+    assert {"idle", key.split("-")[1]} <= {row["key"] for row in everybody}
+
+
+def test_a_log_line_says_who_and_how_long_and_not_what(guarded: Guarded, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    with guarded.http(guarded.user) as http:
+        answer = http.post("/v1/chat/completions", json=CHAT, headers={"x-request-id": "line-1"}).json()
+        http.post("/v1/chat/completions", json=CHAT | {"temperature": SECRET})
+        http.post("/v1/chat/completions", content=f'{{"{SECRET}'.encode())
+        http.get(f"/{SECRET}", params={"q": SECRET})
+    guarded.run(idle(guarded))
+    lines = [JsonFormatter().format(record) for record in caplog.records if record.name.startswith("altiplano")]
+    assert SECRET not in "".join(lines) and guarded.user not in "".join(lines)
+    assert answer["choices"][0]["message"]["content"] not in "".join(lines)
+    line = next(parsed for parsed in map(json.loads, lines) if parsed.get("request_id") == "line-1")
+    assert line["logger"] == ACCESS and line["status"] == 200 and line["model"] == "champion" and line["arm"] == "orders-1"
+    assert line["key"] == guarded.user.split("-")[1] and 0 < line["ttft_s"] < line["seconds"]
+    assert line["prompt_tokens"] == answer["usage"]["prompt_tokens"] and line["finish_reasons"]
+
+
+def test_a_trace_joins_the_clients_and_holds_no_text(guarded: Guarded, spans: InMemorySpanExporter) -> None:
+    spans.clear()
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    with guarded.http(guarded.user) as http:
+        http.post("/v1/chat/completions", json=CHAT, headers={"traceparent": parent})
+    guarded.run(idle(guarded))
+    (span,) = spans.get_finished_spans()
+    assert span.name == "POST /v1/chat/completions" and span.parent is not None and span.context is not None
+    assert format(span.context.trace_id, "032x") == parent.split("-")[1]
+    attributes = dict(span.attributes or {})
+    assert attributes["gen_ai.request.model"] == "champion" and attributes["http.response.status_code"] == 200
+    assert attributes["gen_ai.usage.input_tokens"] and attributes["gen_ai.usage.output_tokens"]
+    (first,) = span.events
+    assert span.start_time is not None and span.end_time is not None
+    assert first.name == "gen_ai.first_token" and span.start_time < first.timestamp < span.end_time
+    assert SECRET not in span.to_json()
+
+
+def test_no_traces_unless_asked_for() -> None:
+    assert isinstance(make_traces(None), NoTraces)
+
+
+def test_gpu_metrics_appear_where_there_is_a_gpu() -> None:
+    collector = GpuCollector()
+    registry = CollectorRegistry()
+    registry.register(collector)
+    names = {family.name for family in registry.collect()}
+    expected = {"altiplano_gpu_memory_used_bytes", "altiplano_gpu_memory_total_bytes", "altiplano_gpu_utilization_ratio"}
+    assert names == (expected if collector._nvml is not None else set())
