@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from support import charts, crds  # noqa: E402  (the path above must be set first)
+from support import charts, crds
 
 
 @pytest.fixture(scope="session")

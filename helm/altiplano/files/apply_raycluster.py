@@ -78,8 +78,8 @@ class Api:
             "Accept": "application/json",
             "Content-Type": "application/apply-patch+yaml",
         }
-        request = urllib.request.Request(self._base + path, data, headers, method=method)  # noqa: S310  (the API server's address)
-        with urllib.request.urlopen(request, timeout=30, context=self._context) as response:  # noqa: S310
+        request = urllib.request.Request(self._base + path, data, headers, method=method)
+        with urllib.request.urlopen(request, timeout=30, context=self._context) as response:
             answer: Json = json.load(response)
         return answer
 

@@ -9,7 +9,7 @@ import urllib.request
 def answers(url: str) -> str | None:
     """None when the service answers, else what is wrong. 401 and 403 are answers: they come from behind the door."""
     try:
-        with urllib.request.urlopen(url, timeout=5):  # noqa: S310  (addresses of this release)
+        with urllib.request.urlopen(url, timeout=5):
             return None
     except urllib.error.HTTPError as error:
         with error:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from urllib.parse import quote
 
-AUTH_INI = Path(os.environ.get("MLFLOW_AUTH_CONFIG_PATH", "/tmp/basic_auth.ini"))  # noqa: S108  (a volume of this pod)
+AUTH_INI = Path(os.environ.get("MLFLOW_AUTH_CONFIG_PATH", "/tmp/basic_auth.ini"))
 
 
 def database_uri(environment: dict[str, str]) -> str:
@@ -39,7 +39,7 @@ def command(environment: dict[str, str]) -> list[str]:
         environment.get("MLFLOW_PORT", "5000"),
         "--app-name",
         "basic-auth",
-    ]  # noqa: S104
+    ]
     return [
         *server,
         "--workers",
@@ -57,7 +57,7 @@ def main() -> None:
     AUTH_INI.touch(mode=0o600)
     AUTH_INI.write_text(auth_ini(uri))
     environment |= {"MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_AUTH_CONFIG_PATH": str(AUTH_INI)}
-    os.execvpe("mlflow", command(environment), environment)  # noqa: S606, S607
+    os.execvpe("mlflow", command(environment), environment)
 
 
 if __name__ == "__main__":
