@@ -101,6 +101,19 @@ def test_writers_take_turns(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"keys.json", ".keys.json.lock"}
 
 
+def test_a_lent_key_opens_for_a_while_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    clock = Clock()
+    file = KeyFile(tmp_path / "keys.json", clock)
+    mine, _ = file.create("mine")
+    ring = KeyRing(file, clock, clock)
+    with file.lend("check") as text:
+        assert ring.check(text).name == "check"
+    clock.now += REFRESH_S
+    with pytest.raises(KeyRefusedError):
+        ring.check(text)
+    assert file.read() == (mine,)
+
+
 def test_scopes_include_what_is_below() -> None:
     assert [[a.includes(b) for b in Scope] for a in Scope] == [[True, False, False], [True, True, False], [True, True, True]]
 

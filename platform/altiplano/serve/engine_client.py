@@ -183,7 +183,7 @@ class EngineClient:
 
     async def _take(self, report: m.Report) -> None:
         if isinstance(report, m.Step):
-            self._waits.update(report.waits)
+            self._waits |= {name: seconds for name, seconds in report.waits.items() if name in self._streams}
             for token in report.tokens:
                 stream = self._streams.get(token.request_id)
                 if stream is not None:

@@ -190,13 +190,15 @@ def _origin(key: str, lines: Mapping[str, int], given: Mapping[str, Any]) -> Ori
 
 
 def _anchor(pipeline: Pipeline, directory: Path) -> Pipeline:
-    """Data paths relative to the file become absolute where such a file exists; anything else may be a hub id."""
+    """Paths relative to the file become absolute; of data and model only where such a file exists, else it may be a hub id."""
     values = pipeline.model_dump()
     for source in (*values["data"]["datasets"], *values["data"]["eval_datasets"]):
         local = directory / source["path"]
         looks_like_a_file = Path(source["path"]).suffix in (".jsonl", ".json", ".parquet", ".gz") and "://" not in source["path"]
         if local.exists() or looks_like_a_file:
             source["path"] = str(local)
+    if values["serve"]["api_keys_file"] is not None:
+        values["serve"]["api_keys_file"] = str(directory / values["serve"]["api_keys_file"])
     model = directory / values["model"]["model_name_or_path"]
     if model.is_dir():
         values["model"]["model_name_or_path"] = str(model)

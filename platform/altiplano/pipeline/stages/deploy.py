@@ -1,5 +1,7 @@
 """The champion goes to the endpoint, and answers one held-out question before the stage counts as done."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from altiplano.pipeline.context import Context, Stage
 from altiplano.pipeline.ledger import Outputs, Record
 from altiplano.registry import ModelRegistry
 from altiplano.serve import ServeSettings, deploy, is_serving
+from altiplano.serve.keys import KeyFile
 
 CHAMPION = "champion"
 ANSWER_TIMEOUT_S = 60.0
@@ -88,10 +91,22 @@ def _ask(url: str, context: Context) -> tuple[str, str]:
     row = Prepared.load(context.workspace.stage_dir("data")).eval_rows[0]
     messages = [m for m in row.messages if m["role"] != "assistant"]
     body = {"model": CHAMPION, "messages": messages, "max_tokens": context.pipeline.evaluate.max_new_tokens, "temperature": 0.0}
-    response = httpx.post(f"{url}/chat/completions", json=body, timeout=ANSWER_TIMEOUT_S)
+    with _key(context) as headers:
+        response = httpx.post(f"{url}/chat/completions", json=body, headers=headers, timeout=ANSWER_TIMEOUT_S)
     if response.is_error:
         raise DeployError(f"the endpoint answered {response.status_code} to a held-out question: {response.text[:300]}")
     return messages[-1]["content"], response.json()["choices"][0]["message"]["content"]
+
+
+@contextmanager
+def _key(context: Context) -> Iterator[dict[str, str]]:
+    """Headers that open the endpoint for as long as it is checked."""
+    file = context.pipeline.serve.api_keys_file
+    if file is None:
+        yield {}
+        return
+    with KeyFile(Path(file)).lend("check of a deployment") as text:
+        yield {"authorization": f"Bearer {text}"}
 
 
 def _holds(context: Context, record: Record) -> bool:
@@ -100,7 +115,8 @@ def _holds(context: Context, record: Record) -> bool:
     if url is None:
         return True
     try:
-        response = httpx.get(f"{url}/models", timeout=5)
+        with _key(context) as headers:
+            response = httpx.get(f"{url}/models", headers=headers, timeout=5)
         names = {entry["id"] for entry in response.json()["data"]}
     except (httpx.HTTPError, ValueError, KeyError):
         return False
