@@ -1,6 +1,6 @@
 """Plans of the few-row kernels, tried one after another on whole decode steps: microseconds of a graph replay.
 
-usage: PYTHONPATH=platform:kernels python benchmarks/engine/tune_few_rows.py MODEL ROWS CONTEXT [quick]
+usage: PYTHONPATH=platform:kernels python benchmarks/engine/tune_few_rows.py MODEL ROWS CONTEXT none|int8|int4 [quick]
 """
 
 import statistics
@@ -10,59 +10,81 @@ import torch
 from workloads import model_directory
 
 from altiplano.engine import EngineConfig
+from altiplano.engine.cuda.quantized import BITS
 from altiplano.engine.cuda.runner import CudaRunner
-from altiplano_kernels.few_rows.kernel import DRAW, QKV, RESIDUAL, SWIGLU, Plan, choose_plan
+from altiplano_kernels.few_rows.kernel import CHUNK, DRAW, QKV, RESIDUAL, SWIGLU, Plan, choose_plan
 
+STEPS = 8
 MODES = {"gate_up": SWIGLU, "head": DRAW, "down": RESIDUAL, "o": RESIDUAL, "qkv": QKV}
 
 
 def timed(runner: CudaRunner, rows: torch.Tensor, replays: int = 25) -> float:
-    """Median microseconds of a step, over replays in twos (a real engine replays back to back)."""
+    """Median microseconds of a step, in graphs of STEPS as the engine has them."""
     few = runner._few
     assert few is not None
     few.step(rows)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        few.step(rows)
+        for _ in range(STEPS):
+            few.step(rows)
     times = []
     positions = runner.slots.positions.clone()
     for _ in range(replays):
         runner.slots.positions.copy_(positions)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        graph.replay()
         start.record()
-        for _ in range(4):
-            graph.replay()
+        graph.replay()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 4 * 1e3)
+        times.append(start.elapsed_time(end) / STEPS * 1e3)
     runner.slots.positions.copy_(positions)
     return statistics.median(times)
 
 
-def candidates(mode: int, k: int, rows: int) -> list[Plan]:
+def explain(runner: CudaRunner, rows: torch.Tensor, whole: float) -> None:
+    """What the step gains when one kind of kernel is left out."""
+    from altiplano.engine.cuda import few_rows as module
+
+    owners = {
+        "begin": module.few,
+        "norm_qkv": module.few,
+        "decode_few": module,
+        "add_linear": module.few,
+        "norm_swiglu": module.few,
+    }
     found = []
+    for name, owner in {**owners, "advance": module}.items():
+        kept = getattr(owner, name)
+        setattr(owner, name, lambda *_, **__: None)
+        found.append(f"{name} {whole - timed(runner, rows, 9):.1f}")
+        setattr(owner, name, kept)
+    print("  left out, gains:", ", ".join(found), flush=True)
+
+
+def candidates(mode: int, k: int, rows: int, bits: int) -> list[Plan]:
+    found, chunk = [], CHUNK[bits]
     for warps in (4, 6, 8, 12, 16):
-        if k % (warps * 64) or warps * 32 < (64 if rows <= 8 else 128):
+        if k % (warps * chunk) or warps * 32 < (64 if rows <= 8 else 128):
             continue
-        steps = k // (warps * 64)
-        for depth in (2, 3, 4, 6, 8):
-            if steps % depth or depth * warps > 64 or depth * warps < 12 or depth > 6:
+        steps = k // (warps * chunk)
+        for depth in (1, 2, 3, 4, 6):
+            if steps % depth or depth * warps > 64 or depth * warps < (12 if bits == 16 else 4) or depth > 6:
                 continue
             for blocks in (0, 132, 264, 396, 528) if mode in (SWIGLU, DRAW) else (0,):
                 if not (mode == DRAW and blocks == 0) and not (blocks == 132 and warps < 8):
-                    found.append(Plan(warps, depth, blocks, early=mode != QKV))
+                    found.append(Plan(warps, depth, blocks))
     return found
 
 
-def main(model: str, count: int, context: int, quick: bool) -> None:
+def main(model: str, count: int, context: int, quantization: str, quick: bool) -> None:
+    bits = BITS.get(quantization, 16)
     width = -(-(context + 64) // 32)
     config = EngineConfig(
         model=model_directory(model), dtype="bfloat16", device="cuda", load_format="dummy", max_model_len=context, max_num_seqs=16,
         num_blocks=16 * width,
     )  # fmt: skip
-    runner = CudaRunner(config)
+    runner = CudaRunner(config, quantization=quantization)
     slots = list(range(count))
     for slot in slots:
         runner.slots.set_pages(slot, range(slot * width, (slot + 1) * width), fresh=True)
@@ -73,16 +95,19 @@ def main(model: str, count: int, context: int, quick: bool) -> None:
     assert few is not None
     with torch.inference_mode():
         best = timed(runner, rows)
-        print(f"{model} rows {count} context {context}: defaults {best:.1f} us", flush=True)
-        for cluster in (2, 4, 8, 16):
-            few.cluster = cluster
-            print(f"  cluster {cluster}: {timed(runner, rows):.1f}", flush=True)
-        few.cluster = None
+        print(f"{model} {quantization} rows {count} context {context}: defaults {best:.1f} us", flush=True)
+        tried = []
+        for few.cluster in ((c, u) for c in (1, 2, 4, 8, 16) for u in (2, 4)):
+            tried.append((timed(runner, rows), few.cluster))
+        print("  cluster, unroll:", [(round(us, 1), *c) for us, c in sorted(tried)], flush=True)
+        few.cluster = min(tried)[1]
+        best = min(tried)[0]
+        explain(runner, rows, best)
         sums = {"gate_up": shape.hidden_size, "head": shape.hidden_size, "qkv": shape.hidden_size}
         sums |= {"down": shape.intermediate_size, "o": shape.num_attention_heads * shape.head_dim}
         for name, mode in MODES.items():
             results = []
-            for plan in [] if quick else candidates(mode, sums[name], count):
+            for plan in [] if quick else candidates(mode, sums[name], count, 8 if bits < 16 and name == "head" else bits):
                 few.plans[name] = plan
                 try:
                     results.append((timed(runner, rows, 9), plan))
@@ -95,9 +120,10 @@ def main(model: str, count: int, context: int, quick: bool) -> None:
             if results and results[0][0] < best:
                 few.plans[name] = results[0][1]
                 best = timed(runner, rows)
-            print(f"  {name}: default {tuple(choose_plan(mode, sums[name], count))}, step now {best:.1f}", flush=True)
+            print(f"  {name}: default {tuple(choose_plan(mode, sums[name], count, bits))}, step now {best:.1f}", flush=True)
+        explain(runner, rows, best)
         print(f"{model} rows {count}: {timed(runner, rows):.1f} us with {few.plans}", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), len(sys.argv) > 4)
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], len(sys.argv) > 5)

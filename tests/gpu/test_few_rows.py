@@ -10,6 +10,7 @@ pytestmark = [
 ]
 
 from altiplano_kernels.few_rows import kernel as few  # noqa: E402
+from altiplano_kernels.few_rows.quantized import dequantize, pack, quantize  # noqa: E402
 from altiplano_kernels.few_rows_attention.kernel import decode_few  # noqa: E402
 from altiplano_kernels.kv_write.kernel import rope_and_write  # noqa: E402
 from altiplano_kernels.rms_norm.reference import rms_norm  # noqa: E402
@@ -75,6 +76,33 @@ def test_a_block_that_takes_many_tiles() -> None:
         assert error(out, x.double() @ w.double().T) < 3e-3
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("k", [512, 2048, 3072, 8192])
+@pytest.mark.parametrize("rows", [1, 8, 16])
+def test_quantized_products(rows: int, k: int, bits: int) -> None:
+    torch.manual_seed(rows + k)
+    x, gamma, residual = bf16(rows, k), 1 + bf16(k, spread=0.2), bf16(rows, 112)
+    w, gate_up = bf16(112, k, spread=0.05), bf16(2 * 88, k, spread=0.05)
+    codes, scales = quantize(w, bits)
+    exact = dequantize(codes, scales).double()
+    assert error(exact, w) < {8: 8e-3, 4: 0.11}[bits]
+    packed = pack(codes, scales, bits)
+    assert error(few.unpack(packed, torch.empty(112 * k + 5, dtype=torch.bfloat16, device="cuda")), exact) < 3e-3
+    wanted = residual.double() + x.double() @ exact.T
+    few.add_linear(x, packed, residual)
+    assert error(residual, wanted) < 3e-3
+    if k <= 3072:
+        out = torch.full((rows, 112), float("nan"), dtype=torch.bfloat16, device="cuda")
+        few.linear(x, packed, out, gamma, EPS)
+        assert error(out, normed(x, gamma) @ exact.T) < 5e-3
+        codes, scales = quantize(gate_up, bits)
+        packed, exact = pack(codes, scales, bits, halves=True), dequantize(codes, scales).double()
+        assert error(few.unpack(packed, torch.empty_like(gate_up)), exact) < 3e-3
+        wide = torch.full((rows, 88), float("nan"), dtype=torch.bfloat16, device="cuda")
+        few.norm_swiglu(x, packed, gamma, EPS, wide)
+        assert error(wide, swiglu(normed(x, gamma) @ exact.T)) < 6e-3
+
+
 class Pages:
     """Slots with ragged lengths over a poisoned cache; `fill` writes all tokens but the last of each."""
 
@@ -112,7 +140,8 @@ POSITIONS = [0, 31, 32, 33, 63, 200, 640, 777, 1, 64, 127, 128, 500, 30, 5, 1023
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 8, 16])
-def test_queries_keys_and_values_of_a_step(shape: tuple[int, int, int], rows: int) -> None:
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_queries_keys_and_values_of_a_step(shape: tuple[int, int, int], bits: int, rows: int) -> None:
     torch.manual_seed(rows)
     hidden, vocab = 1024, 64
     pages = Pages(*shape, POSITIONS[-rows:], torch.bfloat16)
@@ -129,7 +158,12 @@ def test_queries_keys_and_values_of_a_step(shape: tuple[int, int, int], rows: in
     x, at = embedding[tokens[slots].long()], pages.positions[slots]
     assert torch.equal(step.residual[:rows], x) and torch.equal(step.positions[:rows], at)
     before = pages.cache.clone()
-    few.norm_qkv(step.residual[:rows], w, gamma, EPS, step, pages.cache, heads)
+    weight: few.Weight = w
+    if bits < 16:
+        codes, scales = quantize(w, bits)
+        weight, w = pack(codes, scales, bits, dim), dequantize(codes, scales)
+        assert error(few.unpack(weight, torch.empty(w.numel(), dtype=torch.bfloat16, device="cuda")), w) < 3e-3
+    few.norm_qkv(step.residual[:rows], weight, gamma, EPS, step, pages.cache, heads)
     q, k, v = (normed(x, gamma) @ w.double().T).split([heads * dim, kv_heads * dim, kv_heads * dim], -1)
     assert error(step.query[:rows].view(rows, heads, dim), pages.turn(q, at)) < 5e-3
     page, place = pages.tables[slots, at.long() // PAGE].long(), at.long() % PAGE

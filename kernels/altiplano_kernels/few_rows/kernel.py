@@ -47,20 +47,36 @@ class Step:
         self.ids = torch.empty(MOST_ROWS * blocks, dtype=torch.int32, device=device)
 
 
+# Measured on an H200 by benchmarks/engine/tune_few_rows.py: (mode, k, bits) to plans for one row and for more.
+TUNED = {
+    (SWIGLU, 2048, 16): (Plan(8, 2), Plan(8, 4, 264)),
+    (RESIDUAL, 8192, 16): (Plan(16, 2), Plan(16, 2)),
+}
+
+
+def divides(k: int, bits: int = 16) -> bool:
+    """Whether sums over k can be split among the warps of a block."""
+    return any(k % (warps * CHUNK[bits]) == 0 for warps in (4, 6))
+
+
 def choose_plan(mode: int, k: int, rows: int, bits: int = 16) -> Plan:
-    """Warps and depth that divide k.
+    """The plan that was measured to be best, or one that divides k.
 
     Raises:
-        ValueError: k is no multiple of 256 (of 512 with 8 or 4 bits).
+        ValueError: k is a multiple of neither 256 nor 384 (512 nor 768 with 8 or 4 bits).
     """
-    chunk = CHUNK[bits]
-    if k % (4 * chunk):
-        raise ValueError(f"the kernels for few rows need sums over a multiple of {4 * chunk} with {bits} bits, not {k}")
-    warps = 8 if k % (8 * chunk) == 0 and k > 4096 // (bits // 4) else 4
-    steps = k // (warps * chunk)
+    if (mode, k, bits) in TUNED and rows <= 8:
+        return TUNED[mode, k, bits][rows > 1]
+    if not divides(k, bits):
+        unit = 2 * CHUNK[bits]
+        raise ValueError(
+            f"the kernels for few rows with {bits} bits need sums over a multiple of {2 * unit} or {3 * unit}, not {k}"
+        )
+    chunks = k // CHUNK[bits]
+    warps = next(warps for warps in (8, 6, 4) if chunks % warps == 0)
     most = 4 if rows <= 8 or mode in (QKV, SWIGLU, DRAW) else 2
-    depth = next(depth for depth in range(most, 0, -1) if steps % depth == 0)
-    return Plan(warps, depth, blocks=264 if mode == DRAW else 0, early=mode != QKV)
+    depth = next(depth for depth in range(most, 0, -1) if chunks // warps % depth == 0)
+    return Plan(warps, depth, 264 if mode == DRAW or (mode == SWIGLU and rows > 1) else 0)
 
 
 def begin(
@@ -110,12 +126,15 @@ def norm_qkv(
     cache: torch.Tensor,
     heads: int,
     plan: Plan | None = None,
+    first: bool = True,
 ) -> None:
-    """Rotated queries of rms_norm(x) * gamma into step.query; rotated keys, and values, into their pages.
+    """Rotated queries of rms_norm(x) * gamma into step.query; rotated keys, and values, into their pages. The kernel after it may read what came from before the step's
+    `first` layer without waiting.
 
     x: bf16 [rows, k]; w: bf16 [(heads + 2 kv_heads) * head_dim, k]; cache: bf16 [blocks, 2, kv_heads, page, head_dim].
     """
     _, _, kv_heads, page, dim = cache.shape
+    plan = (plan or choose_plan(QKV, x.shape[1], x.shape[0], w.bits if isinstance(w, Packed) else 16))._replace(early=not first)
     _launch(
         QKV, x, w, plan, w.shape[0] // 16, gamma, (heads, kv_heads, dim, page), eps=eps, out=step.query,
         stride_out=step.query.stride(0), lines=step.lines, rope=step.rope, cache=cache,
@@ -123,7 +142,12 @@ def norm_qkv(
 
 
 def norm_swiglu(
-    x: torch.Tensor, gate_up: Weight, gamma: torch.Tensor, eps: float, out: torch.Tensor, plan: Plan | None = None
+    x: torch.Tensor,
+    gate_up: Weight,
+    gamma: torch.Tensor,
+    eps: float,
+    out: torch.Tensor,
+    plan: Plan | None = None,
 ) -> None:
     """out = silu(y @ gate.T) * (y @ up.T) of y = rms_norm(x) * gamma. gate_up: bf16 [2 n, k], gate first; out: bf16 [rows, n]."""
     half = gate_up.shape[0] // 2
@@ -189,7 +213,7 @@ def unpack(w: Packed, out: torch.Tensor) -> torch.Tensor:
     """w as bf16 [n, k] in `out` (any tensor of at least that size), for products of more rows; returns the view."""
     (n, k), bits = w.shape, w.bits
     mode = QKV if w.head_dim > 16 else SWIGLU if w.halves else PLAIN
-    warps = 4 if k % (4 * CHUNK[bits]) == 0 else 2
+    warps = next(warps for warps in (8, 6, 4) if k % (warps * CHUNK[bits]) == 0)
     options = (
         ("MODE", mode), ("NORM", 0), ("BITS", bits), ("K", k), ("WARPS", warps), ("DEPTH", 1), ("NT", 1), ("EARLY", 0),
         ("HEAD_DIM", w.head_dim), ("HEADS", 0), ("KV_HEADS", 0), ("PAGE", 1),

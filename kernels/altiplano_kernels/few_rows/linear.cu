@@ -43,7 +43,7 @@ struct Args {
   float* values;         // [rows, blocks]: best value and its token of each block
   int* ids;
   float eps;
-  int rows, tiles, stride_x, stride_out, limit;  // limit: N of one half for SWIGLU, tokens of the vocabulary for DRAW
+  int rows, tiles, stride_x, stride_out, limit;  // limit: N of one half for SWIGLU
 };
 
 struct Vec { u32 v[4]; };

@@ -2,15 +2,15 @@
 //
 // A lane reads 8 dimensions of a token, so HEAD_DIM / 8 lanes share a token and sum its products by shuffles; at these sizes plain
 // multiply-adds are free. Keys and values of earlier tokens are asked for before the wait for the kernel before: only the query
-// and the newest token come from it. The blocks of a cluster add their parts up through distributed shared memory, so there is
-// neither a second kernel nor a trip through device memory.
+// and the newest token come from it. The blocks of a cluster send their parts to each other's shared memory, each owning a share of
+// the sums, so there is neither a second kernel nor a trip through device memory.
 //
 // Compiled once per use with: HEAD_DIM, GROUP, KV_HEADS, PAGE, CLUSTER, WARPS, UNROLL, KIND (0 bf16, 1 int8, 2 e4m3).
 typedef unsigned int u32;
 typedef unsigned short u16;
 
 constexpr int LANES = HEAD_DIM / 8, TOKENS = 32 / LANES, THREADS = WARPS * 32, SIZE = GROUP * HEAD_DIM;
-constexpr int STRIDE = WARPS * TOKENS, WORDS = KIND == 0 ? 4 : 2;
+constexpr int BLOCK = WARPS * TOKENS, STRIDE = BLOCK * CLUSTER, SHARE = SIZE / CLUSTER, WORDS = KIND == 0 ? 4 : 2;
 
 struct Args {
   const u16* query;      // bf16 [rows, >= heads * HEAD_DIM], rows stride_query apart
@@ -58,33 +58,29 @@ __device__ __forceinline__ void widen(const u32 (&r)[WORDS], float (&f)[8]) {
 #endif
   }
 }
-__device__ __forceinline__ float peer(const float* p, int rank) {
+// Store to the same place of another block of the cluster.
+__device__ __forceinline__ void send(float* p, int rank, float value) {
   u32 at = (u32)__cvta_generic_to_shared(p), there;
-  float f;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(f) : "r"(there) : "memory");
-  return f;
-}
-__device__ __forceinline__ void meet() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS) few_rows_attention(const Args a) {
   __shared__ float parts[WARPS][SIZE], peaks[WARPS][GROUP], totals[WARPS][GROUP];
-  __shared__ float mine[SIZE], my_peak[GROUP], my_total[GROUP];
+  __shared__ float inbox[CLUSTER][SHARE], inbox_peaks[CLUSTER][GROUP], inbox_totals[CLUSTER][GROUP];
   const int rank = blockIdx.x, head = blockIdx.y, row = blockIdx.z;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % LANES;
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   // Positions are of the step's first kernel, which has ended before the kernel before this one let it start.
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");  // that all blocks are there is asked before sending
   const int length = a.positions[row] + 1;
   const int* table = a.tables + (size_t)a.slots[row] * a.stride_table;
-  const int each = ((length + CLUSTER - 1) / CLUSTER + STRIDE - 1) / STRIDE * STRIDE;
-  const int begin = rank * each, end = min(begin + each, length);
-  const int first = begin + warp * TOKENS + lane / LANES;
+  const int first = rank * BLOCK + warp * TOKENS + lane / LANES;  // this lane's tokens are STRIDE apart
 
   Piece ring[UNROLL];
-  auto fetch = [&](Piece& p, int token) {
-    const size_t line = ((size_t)table[token / PAGE] * 2 * KV_HEADS + head) * PAGE + token % PAGE;
+  auto page_of = [&](int token) { return table[min(token / PAGE, a.stride_table - 1)]; };
+  auto fetch = [&](Piece& p, int page, int token) {
+    const size_t line = ((size_t)page * 2 * KV_HEADS + head) * PAGE + token % PAGE;
     const char* at = (const char*)a.cache + (line * HEAD_DIM + part * 8) * (KIND == 0 ? 2 : 1);
     load_piece(at, p.k);
     load_piece(at + (size_t)KV_HEADS * PAGE * HEAD_DIM * (KIND == 0 ? 2 : 1), p.v);
@@ -93,18 +89,18 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       asm volatile("ld.global.u16 %0, [%1];" : "=h"(p.vs) : "l"(a.scales + line + KV_HEADS * PAGE));
     }
   };
+  int pages[UNROLL];  // asked for without knowing the length
+#pragma unroll
+  for (int u = 0; u < UNROLL; u++) pages[u] = page_of(first + u * STRIDE);
 #pragma unroll
   for (int u = 0; u < UNROLL; u++) {
     ring[u] = {};
-    const int token = first + u * STRIDE;
-    if (token < end && token < length - 1) fetch(ring[u], token);
+    if (first + u * STRIDE < length - 1) fetch(ring[u], pages[u], first + u * STRIDE);
   }
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #pragma unroll
-  for (int u = 0; u < UNROLL; u++) {
-    const int token = first + u * STRIDE;
-    if (token < end && token == length - 1) fetch(ring[u], token);
-  }
+  for (int u = 0; u < UNROLL; u++)
+    if (first + u * STRIDE == length - 1) fetch(ring[u], pages[u], first + u * STRIDE);
   float q[GROUP][8];
 #pragma unroll
   for (int i = 0; i < GROUP; i++) {
@@ -125,7 +121,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #pragma unroll
     for (int d = 0; d < 8; d++) acc[i][d] = 0.f;
   }
-  for (int base = first; base - first < each; base += UNROLL * STRIDE) {
+  for (int base = first; base - first + rank * BLOCK < length; base += UNROLL * STRIDE) {
     float score[UNROLL][GROUP];
 #pragma unroll
     for (int u = 0; u < UNROLL; u++) {
@@ -139,7 +135,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         for (int d = 0; d < 8; d++) s += q[i][d] * k[d];
 #pragma unroll
         for (int step = 1; step < LANES; step *= 2) s += __shfl_xor_sync(~0u, s, step);
-        score[u][i] = base + u * STRIDE < end ? s * by : -1e30f;
+        score[u][i] = base + u * STRIDE < length ? s * by : -1e30f;
       }
     }
 #pragma unroll
@@ -158,7 +154,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       float v[8];
       widen(ring[u].v, v);
       const float by = KIND ? half_to_float(ring[u].vs) : 1.f;
-      const bool inside = base + u * STRIDE < end;
+      const bool inside = base + u * STRIDE < length;
 #pragma unroll
       for (int i = 0; i < GROUP; i++) {
         const float weight = inside ? exp2f(score[u][i] - peak[i]) : 0.f;
@@ -167,7 +163,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         for (int d = 0; d < 8; d++) acc[i][d] += weight * by * v[d];
       }
       const int token = base + (UNROLL + u) * STRIDE;
-      if (token < end) fetch(ring[u], token);
+      if (token < length) fetch(ring[u], page_of(token), token);
       else ring[u] = {};
     }
   }
@@ -196,39 +192,40 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     }
   }
   __syncthreads();
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
   for (int at = threadIdx.x; at < SIZE; at += THREADS) {
     const int i = at / HEAD_DIM;
-    float top = peaks[0][i], sum = 0.f, all = 0.f;
+    float top = peaks[0][i], sum = 0.f;
 #pragma unroll
     for (int w = 1; w < WARPS; w++) top = fmaxf(top, peaks[w][i]);
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) {
-      const float by = exp2f(peaks[w][i] - top);
-      sum += parts[w][at] * by;
-      all += totals[w][i] * by;
-    }
-    mine[at] = sum;
-    if (at % HEAD_DIM == 0) my_peak[i] = top, my_total[i] = all;
+    for (int w = 0; w < WARPS; w++) sum += parts[w][at] * exp2f(peaks[w][i] - top);
+    send(&inbox[rank][at % SHARE], at / SHARE, sum);
   }
-  meet();
-  constexpr int SHARE = (SIZE + CLUSTER - 1) / CLUSTER;
+  for (int at = threadIdx.x; at < GROUP * CLUSTER; at += THREADS) {
+    const int i = at % GROUP;
+    float top = peaks[0][i], all = 0.f;
+#pragma unroll
+    for (int w = 1; w < WARPS; w++) top = fmaxf(top, peaks[w][i]);
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) all += totals[w][i] * exp2f(peaks[w][i] - top);
+    send(&inbox_peaks[rank][i], at / GROUP, top);
+    send(&inbox_totals[rank][i], at / GROUP, all);
+  }
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
   for (int own = threadIdx.x; own < SHARE; own += THREADS) {
-    const int at = rank * SHARE + own;
-    if (at < SIZE) {
-      const int i = at / HEAD_DIM;
-      float tops[CLUSTER], top = -1e30f, sum = 0.f, all = 0.f;
+    const int at = rank * SHARE + own, i = at / HEAD_DIM;
+    float top = -1e30f, sum = 0.f, all = 0.f;
 #pragma unroll
-      for (int c = 0; c < CLUSTER; c++) top = fmaxf(top, tops[c] = peer(&my_peak[i], c));
+    for (int c = 0; c < CLUSTER; c++) top = fmaxf(top, inbox_peaks[c][i]);
 #pragma unroll
-      for (int c = 0; c < CLUSTER; c++) {
-        const float by = exp2f(tops[c] - top);
-        sum += peer(&mine[at], c) * by;
-        all += peer(&my_total[i], c) * by;
-      }
-      u32 packed;
-      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(0.f), "f"(sum / all));
-      a.out[(size_t)row * a.stride_out + head * SIZE + at] = (u16)packed;
+    for (int c = 0; c < CLUSTER; c++) {
+      const float by = exp2f(inbox_peaks[c][i] - top);
+      sum += inbox[c][own] * by;
+      all += inbox_totals[c][i] * by;
     }
+    u32 packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(0.f), "f"(sum / all));
+    a.out[(size_t)row * a.stride_out + head * SIZE + at] = (u16)packed;
   }
-  meet();  // nobody leaves while another still reads from it
 }

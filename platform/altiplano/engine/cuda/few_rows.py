@@ -6,11 +6,13 @@ Weights are asked for before a kernel waits for its predecessor, so device memor
 written. With an 8-bit cache a separate kernel rotates and quantizes, because a scale needs a whole head.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from altiplano.engine.config import LlamaConfig
+from altiplano.engine.cuda.quantized import AnyLayer, PackedWeights, weight_of
 from altiplano_kernels.few_rows import kernel as few
 from altiplano_kernels.few_rows_attention.kernel import decode_few, fits
 from altiplano_kernels.kv_write.kernel import rope_and_write
@@ -26,21 +28,21 @@ class FewRows:
     """The step of a `CudaLlama` for up to `few_rows.kernel.MOST_ROWS` rows."""
 
     def __init__(self, model: "CudaLlama") -> None:
-        config, weights, device = model.config, model.weights, str(model.cache.device)
-        self._model, self._width = model, int(weights.layers[0].qkv.shape[0])
+        config, device = model.config, str(model.cache.device)
+        self._model, self._width = model, (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
         query = config.num_attention_heads * config.head_dim
         self._scratch = few.Step(config.hidden_size, query, config.intermediate_size, config.head_dim, MOST_BLOCKS, device)
         self._qkv = torch.empty(few.MOST_ROWS, self._width, dtype=torch.bfloat16, device=device)
         self.plans: dict[str, few.Plan] = {}  # overrides, for tuning
-        self.cluster: int | None = None
+        self.cluster: tuple[int, int] | None = None
 
     @staticmethod
-    def supports(config: LlamaConfig) -> bool:
+    def supports(config: LlamaConfig, bits: int = 16) -> bool:
         """Whether all sizes divide into the kernels' tiles."""
         query = config.num_attention_heads * config.head_dim
         sums = (config.hidden_size, config.intermediate_size, query)
         return (
-            all(k % 256 == 0 for k in sums)
+            all(few.divides(k, bits) for k in sums)
             and config.vocab_size % 16 == 0
             and fits(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         )
@@ -51,26 +53,28 @@ class FewRows:
         config, weights, plan, count = model.config, model.weights, self.plans.get, len(rows)
         eps, heads = config.rms_norm_eps, config.num_attention_heads
         residual, mixed, wide = scratch.residual[:count], scratch.mixed[:count], scratch.wide[:count]
-        few.begin(
-            rows, slots.tokens, slots.positions, slots.tables, weights.embedding, model.cos_sin, model.cache[0], scratch
-        )  # fmt: skip
-        cluster = self.cluster or (16 if count == 1 else 8 if count <= 8 else 4)
-        for index, layer in enumerate(weights.layers):
+        few.begin(rows, slots.tokens, slots.positions, slots.tables, weights.embedding, model.cos_sin, model.cache[0], scratch)
+        cluster, unroll = self.cluster or ((16, 2) if count == 1 else (4, 4))
+        layers: Sequence[AnyLayer] = weights.layers
+        for index, layer in enumerate(layers):
             cache, scales = model.cache[index], None if model.scales is None else model.scales[index]
+            qkv, o, gate_up, down = (weight_of(layer, name) for name in ("qkv", "o", "gate_up", "down"))
             if scales is None:
-                few.norm_qkv(residual, layer.qkv, layer.input_norm, eps, scratch, cache, heads, plan("qkv"))
+                # Attention reads the positions before it waits: the first layer's must not start before `begin` has ended.
+                first = index == 0
+                few.norm_qkv(residual, qkv, layer.input_norm, eps, scratch, cache, heads, plan("qkv"), first)
                 query = scratch.query[:count]
             else:
                 query = self._qkv[:count]
-                few.linear(residual, layer.qkv, query, layer.input_norm, eps, plan("qkv"))
-                rope_and_write(
-                    query, scratch.positions[:count], rows, slots.tables, model.cos_sin, cache, scales, heads, pdl=True
-                )
-            decode_few(query, cache, scales, slots.tables, rows, scratch.positions, mixed, heads, cluster)
-            few.add_linear(mixed, layer.o, residual, plan("o"))
-            few.norm_swiglu(residual, layer.gate_up, layer.post_norm, eps, wide, plan("gate_up"))
-            few.add_linear(wide, layer.down, residual, plan("down"))
+                few.linear(residual, qkv, query, layer.input_norm, eps, plan("qkv"))
+                positions = scratch.positions[:count]
+                rope_and_write(query, positions, rows, slots.tables, model.cos_sin, cache, scales, heads, pdl=True)
+            decode_few(query, cache, scales, slots.tables, rows, scratch.positions, mixed, heads, cluster, unroll)
+            few.add_linear(mixed, o, residual, plan("o"))
+            few.norm_swiglu(residual, gate_up, layer.post_norm, eps, wide, plan("gate_up"))
+            few.add_linear(wide, down, residual, plan("down"))
+        head = weights.packed_head if isinstance(weights, PackedWeights) else weights.head
         blocks = few.norm_draw(
-            residual, weights.head, weights.norm, eps, rows, slots.temperatures, slots.seeds, slots.steps, scratch, plan("head")
+            residual, head, weights.norm, eps, rows, slots.temperatures, slots.seeds, slots.steps, scratch, plan("head")
         )
         advance(scratch.values, scratch.ids, blocks, rows, slots.tokens, slots.positions, slots.steps, slots.ring, pdl=True)

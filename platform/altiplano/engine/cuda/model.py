@@ -6,6 +6,7 @@ import torch
 
 from altiplano.engine.adapters import Adapter
 from altiplano.engine.config import LlamaConfig
+from altiplano.engine.cuda.quantized import AnyLayer, PackedWeights
 from altiplano.engine.cuda.slots import SlotTable
 from altiplano.engine.weights import Layer, Weights
 from altiplano_kernels.embed_norm.kernel import add_norm, add_norm_parts, embed_rows
@@ -30,7 +31,7 @@ class CudaLlama:
     def __init__(
         self,
         config: LlamaConfig,
-        weights: Weights,
+        weights: Weights | PackedWeights,
         cache: torch.Tensor,
         scales: torch.Tensor | None,
         slots: SlotTable,
@@ -48,7 +49,7 @@ class CudaLlama:
         self._splits = all(
             linear.fits(linear.PARTS_SOME, *map(int, w.shape))
             and linear.fits(linear.GATED_SOME, config.intermediate_size, config.hidden_size)
-            for w in (layer.o, layer.down)
+            for w in ((layer.o, layer.down) if isinstance(layer, Layer) else ())
         )
         self._workspace = DecodeWorkspace(max(need, max_batch), kv_heads, config.head_dim, device, 1)
 
@@ -109,7 +110,8 @@ class CudaLlama:
         groups: Groups,
         pdl: bool,
     ) -> torch.Tensor:
-        config, layers = self.config, self.weights.layers
+        config = self.config
+        layers: Sequence[AnyLayer] = self.weights.layers
         heads = config.num_attention_heads
         split = pdl and LEAST_SPLIT_ROWS <= len(x) <= linear.MOST_ROWS and not groups and self._splits
         for index, layer in enumerate(layers):
@@ -127,7 +129,13 @@ class CudaLlama:
         return x
 
     def _finish(
-        self, mixed: torch.Tensor, residual: torch.Tensor, layer: Layer, after: torch.Tensor, updates: Updates, pdl: bool
+        self,
+        mixed: torch.Tensor,
+        residual: torch.Tensor,
+        layer: AnyLayer,
+        after: torch.Tensor,
+        updates: Updates,
+        pdl: bool,
     ) -> torch.Tensor:
         """From attention to the next layer's input, with cuBLAS."""
         eps = self.config.rms_norm_eps
@@ -144,7 +152,7 @@ class CudaLlama:
         return x
 
     def _finish_split(
-        self, mixed: torch.Tensor, residual: torch.Tensor, layer: Layer, after: torch.Tensor, pdl: bool
+        self, mixed: torch.Tensor, residual: torch.Tensor, layer: AnyLayer, after: torch.Tensor, pdl: bool
     ) -> torch.Tensor:
         """The same for a few rows: every kernel starts while the one before it ends."""
         few, eps = len(mixed) <= 16, self.config.rms_norm_eps

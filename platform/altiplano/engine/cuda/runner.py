@@ -8,16 +8,17 @@ from pathlib import Path
 import torch
 
 from altiplano.engine.adapters import Adapter, load_adapter
-from altiplano.engine.config import EngineConfig, read_config
+from altiplano.engine.config import EngineConfig, LlamaConfig, read_config
 from altiplano.engine.cuda import drawing
 from altiplano.engine.cuda.few_rows import FewRows
 from altiplano.engine.cuda.graphs import DecodeGraphs, bucket_of
 from altiplano.engine.cuda.model import CudaLlama, Groups
+from altiplano.engine.cuda.quantized import BITS, PackedWeights, pack_weights
 from altiplano.engine.cuda.slots import SlotTable
 from altiplano.engine.errors import AdapterError, EngineError
 from altiplano.engine.runner import Drawn
 from altiplano.engine.scheduler import Chunk, StepPlan
-from altiplano.engine.weights import load_weights, random_weights
+from altiplano.engine.weights import Weights, load_weights, random_weights
 from altiplano_kernels.few_rows.kernel import MOST_ROWS
 from altiplano_kernels.prefill_attention.kernel import list_tiles
 from altiplano_kernels.sampling.kernel import RING, DrawWorkspace, draw_and_advance
@@ -45,21 +46,27 @@ class CudaRunner:
     """Weights, paged cache, slots and graphs of one GPU.
 
     Raises:
-        EngineError: no CUDA device, an unknown cache type, or too little memory (the message says how much is missing).
+        EngineError: no CUDA device, an unknown cache type or quantization, or too little memory (the message says how much is missing).
     """
 
-    def __init__(self, config: EngineConfig, kv_cache_dtype: str = "auto", device: str = "cuda") -> None:
+    def __init__(
+        self, config: EngineConfig, kv_cache_dtype: str = "auto", device: str = "cuda", quantization: str = "none"
+    ) -> None:
         if not torch.cuda.is_available():
             raise EngineError("the CUDA backend needs an NVIDIA GPU, and torch sees none: use device 'cpu', or check the driver")
         if kv_cache_dtype not in CACHE_DTYPES:
             raise EngineError(f"kv_cache_dtype {kv_cache_dtype!r} is unknown: use one of {', '.join(CACHE_DTYPES)}")
         model = read_config(config.model)
         self._config, self._model_config, self._device = config, model, device
+        weights: Weights | PackedWeights
         if config.load_format == "dummy":
             weights = random_weights(model, torch.bfloat16, device, config.seed)
         else:
             weights = load_weights(config.model, model, torch.bfloat16, device)
         kind = CACHE_DTYPES[kv_cache_dtype]
+        bits = _bits(quantization, model)
+        if bits < 16:
+            weights = pack_weights(weights, bits, model.head_dim, fused_qkv=kind is torch.bfloat16)
         shape = (model.num_hidden_layers, config.num_blocks + 1, 2, model.num_key_value_heads, config.block_size, model.head_dim)
         _check_memory(shape, kind, config)
         cache = torch.zeros(shape, dtype=kind, device=device)
@@ -70,7 +77,7 @@ class CudaRunner:
         if largest > config.max_num_seqs:
             self.slots.rows = torch.full((largest,), self.slots.scratch, dtype=torch.int32, device=device)
         self.model = CudaLlama(model, weights, cache, scales, self.slots, largest)
-        self._few = FewRows(self.model) if FewRows.supports(model) else None
+        self._few = FewRows(self.model) if FewRows.supports(model, bits) else None
         self._draws = DrawWorkspace(largest, model.vocab_size, device)
         self._graphs = DecodeGraphs(self._decode_step, lambda bucket: self.slots.upload_rows((), bucket))
         self._adapters: dict[str, Adapter] = {}
@@ -250,6 +257,20 @@ class CudaRunner:
 
     def _upload(self, values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64).pin_memory().to(self._device, non_blocking=True)
+
+
+def _bits(quantization: str, model: LlamaConfig) -> int:
+    """Bits of a weight; 16 where nothing is quantized."""
+    if quantization == "none":
+        return 16
+    if quantization not in BITS:
+        raise EngineError(f"quantization {quantization!r} is unknown: use one of none, {', '.join(BITS)}")
+    if not FewRows.supports(model, BITS[quantization]):
+        raise EngineError(
+            f"quantization {quantization} needs sizes that are multiples of 512 or 768, and this model has hidden_size "
+            f"{model.hidden_size} and intermediate_size {model.intermediate_size}: use none"
+        )
+    return BITS[quantization]
 
 
 def _check_memory(shape: tuple[int, ...], kind: torch.dtype, config: EngineConfig) -> None:
