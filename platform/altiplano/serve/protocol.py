@@ -57,13 +57,19 @@ class _Request(BaseModel):
         stops = self.stops
         if len(stops) > MAX_STOPS or any(not s or len(s) > 256 for s in stops):
             raise ValueError(f"stop takes at most {MAX_STOPS} strings of 1 to 256 characters")
-        if self.response_format is not None and self.response_format.type != "text" and (self.min_tokens or self.ignore_eos):
-            raise ValueError("min_tokens and ignore_eos do not go with response_format: the format decides where an answer ends")
+        if self.grammar is not None and (self.min_tokens or self.ignore_eos):
+            raise ValueError("min_tokens and ignore_eos do not go with a structured answer: its format decides where it ends")
         return self
 
     @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @cached_property
+    def grammar(self) -> str | None:
+        """What the answer may be; None when anything goes."""
+        rule = self.response_format.rule() if self.response_format is not None else None
+        return None if rule is None else grammar(rule)
 
     @property
     def schemas(self) -> dict[str, Any]:
@@ -155,12 +161,6 @@ class CompletionRequest(_Request):
         if len(self.prompts()) * self.n > MAX_ANSWERS:
             raise ValueError(f"prompts times n are more than {MAX_ANSWERS}: send several requests")
         return self
-
-    @cached_property
-    def grammar(self) -> str | None:
-        """What the answer may be; None when anything goes."""
-        rule = self.response_format.rule() if self.response_format is not None else None
-        return None if rule is None else grammar(rule)
 
     def prompts(self) -> list[str | list[int]]:
         """One entry per prompt: text or token ids."""

@@ -95,7 +95,7 @@ class CallReader:
         """What was held back. A whole object with its keys in another order is a call as well."""
         delta = Delta()
         rest, self._buffer = self._buffer, ""
-        if self._read != self._head:
+        if self._read != self._head or (self.count and not rest.strip(" \n;")):
             return delta
         found = _whole_call(rest, self._names)
         if found is None:
