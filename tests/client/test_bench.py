@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 from altiplano.client import Endpoint, EndpointGoneError, RefusedError
 from altiplano.client.bench.load import Record, run_load
 from altiplano.client.bench.plan import Arrivals, Backend, DataSet, DataSetName, Plan, run_plan
-from altiplano.client.bench.samples import custom_samples, prefix_repetition_samples, random_samples
+from altiplano.client.bench.samples import custom_samples, prefix_repetition_samples, random_samples, trace_samples
 
 from ..serve.conftest import Server
 from .conftest import Scripted, respond, serve_app
@@ -92,13 +92,15 @@ def load(url: str, count: int, max_concurrency: int | None = None) -> list[Recor
     async def main() -> list[Record]:
         async with Endpoint(url).open(None) as client:
             bodies = [{"model": "cria", "prompt": "x", "number": i} for i in range(count)]
-            return await run_load(client, "chat/completions", bodies, [0.001 * i for i in range(count)], max_concurrency)
+            return (
+                await run_load(client, "chat/completions", bodies, [0.001 * i for i in range(count)], max_concurrency)
+            ).records
 
     return asyncio.run(main())
 
 
 def plan_records(url: str, plan: Plan) -> list[Record]:
-    return asyncio.run(run_plan(plan, Endpoint(url)))[1][0]
+    return asyncio.run(run_plan(plan, Endpoint(url)))[1][0].records
 
 
 def test_requests_leave_on_time_while_no_answer_comes(streaming: Streaming) -> None:
@@ -108,6 +110,27 @@ def test_requests_leave_on_time_while_no_answer_comes(streaming: Streaming) -> N
     assert streaming.most == 50
     assert all(record.error is None and record.started >= record.scheduled for record in records)
     assert [body["number"] for body in sorted(streaming.bodies, key=lambda body: body["number"])] == list(range(50))
+
+
+def test_several_processes_send_one_load(streaming: Streaming) -> None:
+    """All forty are in flight together, although each process has twenty."""
+    streaming.wait_for = 40
+    plan = Plan(
+        model="cria",
+        data=DataSet(random_input_len=5, random_range_ratio=0.9),
+        num_prompts=40,
+        num_warmups=0,
+        processes=2,
+        arrivals=Arrivals(request_rate=400.0, max_concurrency=40),
+    )
+    (run,) = asyncio.run(run_plan(plan, Endpoint(streaming.url)))[1]
+    assert streaming.most == 40 and all(record.error is None for record in run.records)
+    assert [record.scheduled for record in run.records] == sorted(record.scheduled for record in run.records)
+    assert all(0 <= record.scheduled <= record.released <= record.started for record in run.records)
+    assert run.cpu_share > 0
+    wrong = replace(plan, processes=3, arrivals=Arrivals(max_concurrency=2))
+    with pytest.raises(ValueError, match="--max-concurrency 2"):
+        asyncio.run(run_plan(wrong, Endpoint(streaming.url)))
 
 
 def test_a_bound_on_concurrency_holds_and_the_wait_is_told(streaming: Streaming) -> None:
@@ -210,6 +233,25 @@ def test_sharegpt_takes_first_turns_of_a_useful_length(streaming: Streaming, tmp
     path.write_text("{}")
     with pytest.raises(ValueError, match=r"ShareGPT|usable"):
         plan_records(streaming.url, plan)
+
+
+def test_a_trace_brings_its_arrivals_and_its_shared_prefixes(server: Server, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    rows = [(5000, 40, 2, [1, 2]), (5100, 70, 3, [1, 3, 4]), (5050, 20, 1, [1])]
+    path.write_text(
+        "".join(json.dumps({"timestamp": t, "input_length": i, "output_length": o, "hash_ids": h}) + "\n" for t, i, o, h in rows)
+    )
+    data = DataSet(DataSetName.mooncake_trace, path, trace_block_size=32)
+    records = plan_records(server.url + "/v1", Plan(model="cria", data=data, fields={"ignore_eos": True}, num_warmups=0))
+    assert [record.scheduled for record in records] == pytest.approx([0.0, 0.05, 0.1])
+    assert [(record.prompt_tokens, record.output_tokens) for record in records] == [(40, 2), (20, 1), (70, 3)]
+    first, _, last = (sample.prompt for sample in trace_samples(path, 9, 32, 0))
+    assert first[:32] == last[:32] and first[32:] != last[32:40]
+    with pytest.raises(ValueError, match="--backend openai"):
+        plan_records(server.url + "/v1", Plan(Backend.openai_chat, "cria", data=data, num_warmups=0))
+    path.write_text('{"timestamp": 0}\n')
+    with pytest.raises(ValueError, match=r"line 1.*input_length"):
+        trace_samples(path, 9, 32, 0)
 
 
 def test_models_take_turns(streaming: Streaming) -> None:

@@ -15,10 +15,10 @@ from altiplano.client.bench.arrivals import RampUp
 from altiplano.client.bench.plan import Arrivals, Backend, DataSet, DataSetName, Plan
 
 if TYPE_CHECKING:
-    from altiplano.client.bench.load import Record
+    from altiplano.client.bench.load import Record, Run
 
-# The load generator is late by more than this: it was the bottleneck, not the endpoint.
-LATE_MS = 100.0
+# Above these the load generator was a bottleneck of its own.
+LATE_MS, BUSY_SHARE = 100.0, 0.8
 DATA, LOAD, RESULT = "Data set", "Load", "Result"
 
 
@@ -49,6 +49,7 @@ def bench(
     prefix_repetition_suffix_len: Annotated[int, typer.Option(min=1, rich_help_panel=DATA)] = 256,
     prefix_repetition_num_prefixes: Annotated[int, typer.Option(min=1, rich_help_panel=DATA)] = 10,
     prefix_repetition_output_len: Annotated[int, typer.Option(min=1, rich_help_panel=DATA)] = 128,
+    trace_block_size: Annotated[int, typer.Option(min=1, help="Tokens per hash id of a trace.", rich_help_panel=DATA)] = 512,
     request_rate: Annotated[float, typer.Option(help="Requests per second; inf: all at once.", rich_help_panel=LOAD)] = math.inf,
     burstiness: Annotated[
         float, typer.Option(help="Shape of the gamma-distributed gaps; 1: Poisson, below: bursts.", rich_help_panel=LOAD)
@@ -62,6 +63,7 @@ def bench(
     ramp_up_end_rps: Annotated[float | None, typer.Option(rich_help_panel=LOAD, show_default=False)] = None,
     num_warmups: Annotated[int, typer.Option(min=0, rich_help_panel=LOAD)] = 1,
     repeat: Annotated[int, typer.Option(min=1, help="Loads, each with prompts of its own.", rich_help_panel=LOAD)] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Processes of the load generator.", rich_help_panel=LOAD)] = 1,
     seed: Annotated[int, typer.Option(rich_help_panel=LOAD)] = 0,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Always generate the whole length.", rich_help_panel=LOAD)
@@ -106,10 +108,13 @@ def bench(
         prefix_repetition_suffix_len,
         prefix_repetition_num_prefixes,
         prefix_repetition_output_len,
+        trace_block_size,
     )
     arrivals = Arrivals(request_rate, burstiness, max_concurrency, ramp_up_strategy, ramp_up_start_rps, ramp_up_end_rps)
     fields: dict[str, Any] = {"temperature": temperature} | ({"ignore_eos": True} if ignore_eos else {}) | parameters(param)
-    plan = Plan(backend, model, tuple(lora_modules or ()), data, arrivals, num_prompts, num_warmups, repeat, seed, fields)
+    plan = Plan(
+        backend, model, tuple(lora_modules or ()), data, arrivals, num_prompts, num_warmups, repeat, processes, seed, fields
+    )
     metrics, percentiles = _names(percentile_metrics), _numbers(metric_percentiles)
     objectives = parse_goodput(goodput) if goodput else None
     more = {key: str(value) for key, value in parameters(metadata).items()}
@@ -118,7 +123,7 @@ def bench(
     # The command line may carry the key: the file must not.
     command = [word for word in sys.argv[1:] if api_key is None or api_key not in word]
     found = result(plan, runs, percentiles, objectives, command, more)
-    chosen = runs[median_run(runs)]
+    chosen = runs[median_run(runs)].records
     if save_result or save_detailed or result_filename:
         path = result_dir / (
             result_filename or f"{backend}-{request_rate:g}qps-{str(plan.model).split('/')[-1]}-{found['date']}.json"
@@ -140,7 +145,7 @@ def bench(
         raise RuntimeError(f"no request was answered: {next(iter(found['errors_seen']))}")
 
 
-async def _run(plan: Plan, base_url: str, api_key: str | None) -> "tuple[Plan, list[list[Record]]]":
+async def _run(plan: Plan, base_url: str, api_key: str | None) -> "tuple[Plan, list[Run]]":
     from altiplano.client.bench.plan import run_plan
     from altiplano.client.endpoint import Endpoint
 
@@ -177,10 +182,10 @@ def _show(found: dict[str, Any], metrics: list[str], percentiles: list[float]) -
     out.print(table("milliseconds", ["metric", *(f">{column}" for column in columns)], rows))
     for error, count in found["errors_seen"].items():
         err.print(f"{count:,} times: {error}", markup=False)
-    if found["max_schedule_lag_ms"] > LATE_MS:
+    if found["max_schedule_lag_ms"] > LATE_MS or found["client_cpu_share"] > BUSY_SHARE:
         err.print(
-            f"requests left up to {found['max_schedule_lag_ms']:.0f} ms late: this machine could not keep the schedule, "
-            "so the numbers are partly its own. Use a lower rate or a faster machine.",
+            f"the load generator was short of time (requests left up to {found['max_schedule_lag_ms']:.0f} ms late, "
+            f"{found['client_cpu_share']:.0%} of a core busy), so the latencies are partly its own: lower the rate, or raise --processes",
             markup=False,
         )
 

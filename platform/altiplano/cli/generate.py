@@ -66,10 +66,11 @@ def parameters(pairs: list[str] | None) -> dict[str, Any]:
 async def _generate(url: str, api_key: str | None, model: str | None, body: dict[str, Any], output: Output) -> None:
     from altiplano.client import Endpoint, Sender, sse
     from altiplano.client.endpoint import default_model
+    from altiplano.client.retry import IMPATIENT
 
     endpoint = Endpoint(url, api_key)
     async with endpoint.open() as client:
-        sender = Sender(endpoint, client)
+        sender = Sender(endpoint, client, IMPATIENT)
         body = {"model": model or await default_model(endpoint, client)} | body
         if output is Output.json:
             print_json((await sender.post("completions", body)).body)

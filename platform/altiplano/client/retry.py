@@ -35,6 +35,10 @@ class Backoff:
         return min(self.cap_s, self.base_s * 2.0**attempt) * (0.5 + 0.5 * draw)
 
 
+# For a person who waits at a terminal.
+IMPATIENT = Backoff(max_retries=3, patience_s=30.0)
+
+
 def retry_after(headers: httpx.Headers, now: datetime) -> float | None:
     """Seconds that the endpoint asks to wait (RFC 9110, section 10.2.3: a number or a date), None where it does not say."""
     value = headers.get("retry-after", "").strip()

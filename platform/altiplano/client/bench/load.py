@@ -6,7 +6,7 @@ import resource
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import httpx
@@ -42,18 +42,27 @@ class Record:
         return self.pieces[0] if self.pieces else self.ended
 
 
+@dataclass(frozen=True)
+class Run:
+    """One load. `cpu_share`: processor time of the client over the wall's, of its busiest process; 1 is a whole core."""
+
+    records: list[Record]
+    cpu_share: float
+
+
 async def run_load(
     client: httpx.AsyncClient,
     path: str,
     bodies: Sequence[dict[str, Any]],
     schedule: Sequence[float],
-    max_concurrency: int | None,
+    max_concurrency: int | None = None,
     on_end: Callable[[Record], None] = lambda record: None,
-) -> list[Record]:
+    zero: float | None = None,
+) -> Run:
     """Send body i at schedule[i] seconds and follow its stream to the end; one record per body, in order. Never raises for a
-    request that fails: that is a record with an error."""
+    request that fails: that is a record with an error. `zero` is the start on perf_counter's clock; None: now."""
     gate = asyncio.Semaphore(max_concurrency) if max_concurrency else nullcontext()
-    zero = perf_counter()
+    zero = perf_counter() if zero is None else zero
 
     async def one(body: dict[str, Any], due: float) -> Record:
         record = Record(str(body["model"]), scheduled=due, released=perf_counter() - zero)
@@ -62,12 +71,18 @@ async def run_load(
         on_end(record)
         return record
 
-    running = []
+    await _until(zero)
+    began, cpu, running = perf_counter(), process_time(), []
     for body, due in zip(bodies, schedule, strict=True):
-        while (early := zero + due - perf_counter()) > 0:
-            await asyncio.sleep(early)
+        await _until(zero + due)
         running.append(asyncio.create_task(one(body, due)))
-    return list(await asyncio.gather(*running))
+    records = list(await asyncio.gather(*running))
+    return Run(records, (process_time() - cpu) / (perf_counter() - began))
+
+
+async def _until(time: float) -> None:
+    while (early := time - perf_counter()) > 0:
+        await asyncio.sleep(early)
 
 
 def raise_file_limit() -> None:

@@ -13,7 +13,8 @@ import httpx
 
 from altiplano.client.bench import samples
 from altiplano.client.bench.arrivals import RampUp, ramp, schedule
-from altiplano.client.bench.load import Record, raise_file_limit, run_load
+from altiplano.client.bench.load import Record, Run, raise_file_limit, run_load
+from altiplano.client.bench.parts import run_parts
 from altiplano.client.bench.ruler import Ruler, calibrate
 from altiplano.client.endpoint import Endpoint, default_model
 from altiplano.client.errors import EndpointGoneError
@@ -39,6 +40,7 @@ class DataSetName(StrEnum):
     sharegpt = "sharegpt"
     custom = "custom"
     prefix_repetition = "prefix_repetition"
+    mooncake_trace = "mooncake_trace"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class DataSet:
     prefix_repetition_suffix_len: int = 256
     prefix_repetition_num_prefixes: int = 10
     prefix_repetition_output_len: int = 128
+    trace_block_size: int = 512
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ class Plan:
     num_prompts: int = 1000
     num_warmups: int = 1
     repeat: int = 1
+    processes: int = 1
+    """Of the load generator; one follows about 30,000 chunks per second."""
     seed: int = 0
     fields: dict[str, Any] = field(default_factory=dict)
     """More fields of each request."""
@@ -98,8 +103,8 @@ class Plan:
 
 async def run_plan(
     plan: Plan, endpoint: Endpoint, on_end: Callable[[int, Record], None] = lambda run, record: None
-) -> tuple[Plan, list[list[Record]]]:
-    """The plan with its model named, and the records of each repetition. Repetition i has seed + i, so that no prompt comes twice.
+) -> tuple[Plan, list[Run]]:
+    """The plan with its model named, and each repetition's run. Repetition i has seed + i, so that no prompt comes twice.
 
     Raises:
         EndpointGoneError: nobody answers, or the warm-up fails.
@@ -109,7 +114,7 @@ async def run_plan(
     async with endpoint.open(connections=None, connect_timeout_s=CONNECT_TIMEOUT_S) as client:
         plan = replace(plan, model=plan.model or await default_model(endpoint, client))
         path = endpoint.root + plan.backend.path
-        runs = []
+        runs = list[Run]()
         for number in range(plan.repeat):
             rng = random.Random(plan.seed + number)
             asked = await _samples(plan, endpoint, client, rng)
@@ -117,24 +122,22 @@ async def run_plan(
             bodies = [
                 samples.payload(sample, path, {"model": models[i % len(models)]} | plan.fields) for i, sample in enumerate(asked)
             ]
-            times = plan.arrivals.draw(len(bodies), rng)
+            recorded = [sample.arrival for sample in asked if sample.arrival is not None]
+            times = recorded or plan.arrivals.draw(len(bodies), rng)
             if number == 0:
                 await _warm_up(client, path, bodies[: plan.num_warmups])
-            runs.append(
-                await run_load(
-                    client,
-                    path,
-                    bodies,
-                    times,
-                    plan.arrivals.max_concurrency,
-                    partial(on_end, number),
+            if plan.processes == 1:
+                run = await run_load(client, path, bodies, times, plan.arrivals.max_concurrency, partial(on_end, number))
+            else:
+                run = await run_parts(
+                    endpoint, CONNECT_TIMEOUT_S, path, bodies, times, plan.arrivals.max_concurrency, plan.processes
                 )
-            )
+            runs.append(run)
         return plan, runs
 
 
 async def _warm_up(client: httpx.AsyncClient, path: str, bodies: list[dict[str, Any]]) -> None:
-    records = await run_load(client, path, bodies, [0.0] * len(bodies), None)
+    records = (await run_load(client, path, bodies, [0.0] * len(bodies))).records if bodies else []
     failed = [record.error for record in records if record.error is not None]
     if failed:
         raise EndpointGoneError(f"the first request fails, so nothing is measured: {failed[0]}")
@@ -168,6 +171,10 @@ async def _samples(plan: Plan, endpoint: Endpoint, client: httpx.AsyncClient, rn
         )
     if data.path is None or not data.path.is_file():
         raise ValueError(f"--dataset-name {data.name} needs --dataset-path, a file; {data.path or 'none'} is given")
+    if data.name is DataSetName.mooncake_trace:
+        if plan.backend is not Backend.openai:
+            raise ValueError("a trace is replayed in token ids: use --backend openai")
+        return samples.trace_samples(data.path, count, data.trace_block_size, plan.seed)
     if data.name is DataSetName.custom:
         return samples.custom_samples(data.path, count, data.custom_output_len, rng)
     return await samples.sharegpt_samples(data.path, count, data.sharegpt_output_len, Ruler(endpoint, client, plan.model), rng)

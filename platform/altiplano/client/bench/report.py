@@ -81,6 +81,7 @@ def _throughput(found: dict[str, Any]) -> str:
         ["most output tokens in one second", f"{found['max_output_tokens_per_s']:,.0f}"],
         ["most requests in flight", f"{found['max_concurrent_requests']:,}"],
         ["latest departure of a request, ms", f"{found['max_schedule_lag_ms']:,.1f}"],
+        ["client's processor, share of a core", f"{found['client_cpu_share']:.2f}"],
     ]
     if found["request_goodput"] is not None:
         objectives = ", ".join(f"{name} ≤ {bound:g} ms" for name, bound in found["goodput_objectives_ms"].items())

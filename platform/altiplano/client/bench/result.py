@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from altiplano import __version__
-from altiplano.client.bench.load import Record
+from altiplano.client.bench.load import Record, Run
 from altiplano.client.bench.metrics import summary
 from altiplano.client.bench.plan import Plan
 
@@ -27,14 +27,14 @@ SPREAD = (
 
 def result(
     plan: Plan,
-    runs: Sequence[Sequence[Record]],
+    runs: Sequence[Run],
     percentiles: Sequence[float],
     goodput: dict[str, float] | None,
     command: Sequence[str],
     metadata: dict[str, str],
 ) -> dict[str, Any]:
     """The run with the median output throughput in vLLM's flat keys; `repetitions` holds all of them, `spread` their ranges."""
-    numbers = [summary(records, percentiles, goodput) for records in runs]
+    numbers = [{**summary(run.records, percentiles, goodput), "client_cpu_share": run.cpu_share} for run in runs]
     chosen = median_run(runs)
     arrivals = plan.arrivals
     return {
@@ -52,11 +52,12 @@ def result(
         "goodput_objectives_ms": goodput,
         "repetitions": numbers if len(runs) > 1 else None,
         "spread": {key: _range([one[key] for one in numbers]) for key in SPREAD},
-        "errors_seen": _counted([record.error for records in runs for record in records if record.error is not None]),
+        "errors_seen": _counted([record.error for run in runs for record in run.records if record.error is not None]),
         "dataset": {key: str(value) if value is not None else None for key, value in asdict(plan.data).items()},
         "lora_modules": list(plan.lora_modules),
         "seed": plan.seed,
         "num_warmups": plan.num_warmups,
+        "processes": plan.processes,
         "request_fields": plan.fields,
         "client": {
             "altiplano": __version__,
@@ -83,9 +84,9 @@ def details(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def median_run(runs: Sequence[Sequence[Record]]) -> int:
+def median_run(runs: Sequence[Run]) -> int:
     """Which run stands for all: the one with the (lower) median output throughput."""
-    order = sorted(range(len(runs)), key=lambda i: summary(runs[i], ())["output_throughput"] or 0.0)
+    order = sorted(range(len(runs)), key=lambda i: summary(runs[i].records, ())["output_throughput"] or 0.0)
     return order[(len(order) - 1) // 2]
 
 

@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ SHAREGPT_MIN, SHAREGPT_MAX_PROMPT, SHAREGPT_MAX_TOTAL = 4, 1024, 2048
 
 @dataclass(frozen=True)
 class Sample:
-    """One request: text or token ids, and how many tokens it may generate."""
+    """One request: text or token ids, how many tokens it may generate, and its arrival in seconds where that is recorded."""
 
     prompt: str | list[int]
     output_len: int
+    arrival: float | None = None
 
 
 def random_samples(
@@ -94,6 +95,37 @@ async def sharegpt_samples(path: Path, count: int, output_len: int | None, ruler
         ):
             found.append(Sample(question, wanted))
     return _draw(found, count, rng, path)
+
+
+def trace_samples(path: Path, count: int, block_size: int, seed: int) -> list[Sample]:
+    """The first `count` requests of a Mooncake trace (JSONL: `timestamp` in ms, `input_length`, `output_length`, `hash_ids`).
+
+    Equal hash ids are equal blocks of `block_size` tokens, so requests share the prefixes that the recorded ones shared. What
+    the ids do not cover is filled with tokens of the request's own.
+    """
+    blocks: dict[int, list[int]] = {}
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[:count], start=1):
+        try:
+            row = json.loads(line)
+            length = int(row["input_length"])
+            prompt: list[int] = []
+            for block in row.get("hash_ids", [])[: -(-length // block_size)]:
+                if block not in blocks:
+                    blocks[block] = random.Random(f"{seed} block {block}").choices(ORDINARY_IDS, k=block_size)
+                prompt += blocks[block]
+            prompt += random.Random(f"{seed} row {number}").choices(ORDINARY_IDS, k=max(0, length - len(prompt)))
+            found.append(Sample(prompt[:length], int(row["output_length"]), float(row["timestamp"]) / 1e3))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: a row has timestamp, input_length, output_length and hash_ids ({error!r})"
+            ) from error
+    if not found:
+        raise ValueError(f"{path} has no requests")
+    start = min(sample.arrival or 0.0 for sample in found)
+    return sorted(
+        (replace(sample, arrival=(sample.arrival or 0.0) - start) for sample in found), key=lambda one: one.arrival or 0.0
+    )
 
 
 def payload(sample: Sample, endpoint_path: str, fields: dict[str, Any]) -> dict[str, Any]:
