@@ -2,6 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
 
 
 class HarnessError(RuntimeError):
@@ -9,7 +13,7 @@ class HarnessError(RuntimeError):
 
 
 def lm_eval_scores(model: Path, adapter: Path | None, names: Sequence[str], limit: int | None) -> dict[str, list[float]]:
-    """Accuracy (or the task's first metric) per document, for each task in `names`.
+    """Accuracy (or the task's first metric) per document, for each task in `names`: tasks of lm-eval, or YAML files of own ones.
 
     Raises:
         HarnessError: see the class.
@@ -20,14 +24,38 @@ def lm_eval_scores(model: Path, adapter: Path | None, names: Sequence[str], limi
         raise HarnessError(
             "evaluate.tasks names lm_eval tasks, and lm-eval is not installed: pip install 'altiplano[eval]'"
         ) from error
+    tasks = {name: _task(name) for name in names}
     arguments = f"pretrained={model}" + (f",peft={adapter}" if adapter else "")
     try:
         result = lm_eval.simple_evaluate(
-            model="hf", model_args=arguments, tasks=list(names), limit=limit, log_samples=True, apply_chat_template=True
+            model="hf",
+            model_args=arguments,
+            tasks=list(tasks.values()),
+            limit=limit,
+            log_samples=True,
+            apply_chat_template=True,
+            device="cuda" if torch.cuda.is_available() else "cpu",
         )
     except Exception as error:
         raise HarnessError(f"lm-eval failed on {', '.join(names)} ({type(error).__name__}: {error})") from error
-    return {name: [_value(sample) for sample in result["samples"][name]] for name in names}
+    found = result["samples"]
+    return {
+        name: [_value(sample) for sample in found[task if isinstance(task, str) else task["task"]]]
+        for name, task in tasks.items()
+    }
+
+
+def _task(name: str) -> str | dict[str, Any]:
+    """What lm-eval is given: its own task's name, or the content of a file that describes one."""
+    if not name.endswith((".yaml", ".yml")):
+        return name
+    try:
+        described = yaml.safe_load(Path(name).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise HarnessError(f"the lm-eval task {name} cannot be read ({error})") from error
+    if not isinstance(described, dict) or "task" not in described:
+        raise HarnessError(f"{name} describes no lm-eval task: it needs at least the keys task, dataset_path and doc_to_text")
+    return described
 
 
 def _value(sample: dict[str, object]) -> float:

@@ -158,7 +158,7 @@ class Evaluate(Section):
     """How the candidate, the base and the champion are measured, on the same rows."""
 
     tasks: tuple[str, ...] = Field(
-        ("perplexity", "exact_match"), min_length=1, description="perplexity, exact_match, json_validity, or lm_eval:<task>."
+        ("perplexity", "exact_match"), min_length=1, description="perplexity, exact_match, json_validity, or lm_eval:<task or file.yaml>."
     )
     max_new_tokens: int = Field(256, ge=1)
     batch_size: int = Field(64, ge=1)
