@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from altiplano.serve.call import current_call
@@ -19,7 +20,7 @@ STATS_TIMEOUT_S = 10.0
 def add_observability(app: FastAPI, governance: Governance, make_generator: Callable[[], Generator]) -> None:
     """Add /metrics and /v1/usage to `app`."""
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Everything that is known; without the engine's own numbers while it does not answer."""
         client = make_generator().client

@@ -35,7 +35,7 @@ def answers(*fields: str, streamed: bool = False) -> dict[int | str, dict[str, A
     """A route's responses: an object that has `fields`, perhaps also as server-sent events, or an error."""
     content: dict[str, Any] = {"application/json": {"schema": {"type": "object", "required": list(fields)}}}
     if streamed:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": {"type": "object", "properties": {"data": {"type": "string"}}}}
     error = {"application/json": {"schema": {"$ref": _REF.format(model=ErrorBody.__name__)}}}
     return {200: {"description": "the answer", "content": content}, "default": {"description": "an error", "content": error}}
 
