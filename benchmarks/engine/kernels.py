@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from altiplano_kernels.few_rows_attention.kernel import decode_few
 from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, choose_splits, decode
 from altiplano_kernels.prefill_attention.kernel import list_tiles, prefill
 
@@ -76,7 +77,7 @@ def cache_of(blocks: int, kv_heads: int, dim: int, kind: torch.dtype) -> tuple[t
 
 def decodes(model: str) -> None:
     _, _, heads, kv_heads, dim = SHAPES[model]
-    for batch, context in ((32, 640), (64, 640), (256, 640), (256, 2048)):
+    for batch, context in ((16, 640), (64, 640), (256, 2048)):
         width = -(-context // PAGE)
         for kind in (torch.bfloat16, torch.float8_e4m3fn, torch.int8):
             caches = [cache_of(batch * width, kv_heads, dim, kind) for _ in range(BUFFERS)]
@@ -87,10 +88,10 @@ def decodes(model: str) -> None:
             out = torch.empty_like(query)
             size = 2 * batch * context * kv_heads * dim * caches[0][0].element_size()
             found = []
-            base = choose_splits(batch, kv_heads)
+            base = choose_splits(batch, kv_heads, dim)
             for splits in sorted({1, base}):
                 work = DecodeWorkspace(batch, kv_heads, dim, "cuda", splits)
-                for tile, stages, warps in ((64, 3, 4), (64, 4, 2), (64, 3, 2), (64, 2, 2), (32, 4, 1), (32, 2, 1), (64, 3, 1)):
+                for tile, stages, warps in ((64, 3, 2), (32, 4, 1), (32, 2, 1), (64, 3, 1)):
                     try:
                         ms = graph_ms(
                             lambda i, a=(tile, stages, warps), s=splits, w=work, c=caches, q=query, o=out: decode(
@@ -101,6 +102,13 @@ def decodes(model: str) -> None:
                         say(kernel="decode", failed=repr(error)[:100], tile=tile, stages=stages, warps=warps)
                         continue
                     found.append((round(ms * 1e3, 1), splits, tile, stages, warps))
+            for cluster, depth, warps in ((1, 1, 4), (1, 2, 4), (1, 1, 8), (2, 1, 4), (4, 1, 4), (1, 2, 2)):
+                ms = graph_ms(
+                    lambda i, a=(cluster, depth, warps), c=caches, q=query, o=out: decode_few(
+                        q, *c[i], tables, slots, at, o, heads, *a
+                    )
+                )
+                found.append((round(ms * 1e3, 1), 0, cluster, depth, warps))  # 0: the kernel for few rows and codes
             found.sort()
             us = found[0][0]
             say(
@@ -111,7 +119,7 @@ def decodes(model: str) -> None:
                 kind=str(kind)[6:],
                 us=us,
                 tbps=round(size / us / 1e6, 2),
-                all=found[:5],
+                all=found[:6],
             )
             del caches
 

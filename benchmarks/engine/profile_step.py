@@ -1,6 +1,6 @@
 """Where each microsecond of a decode step goes: GPU time by kernel over graph replays.
 
-usage: PYTHONPATH=platform:kernels python benchmarks/engine/profile_step.py MODEL BATCH CONTEXT
+usage: PYTHONPATH=platform:kernels python benchmarks/engine/profile_step.py MODEL BATCH CONTEXT [TEMPERATURE]
 """
 
 import sys
@@ -16,7 +16,7 @@ from altiplano.engine.cuda.runner import CudaRunner
 STEPS = 8
 
 
-def main(model: str, batch: int, context: int) -> None:
+def main(model: str, batch: int, context: int, temperature: float = 0.0) -> None:
     width = -(-(context + 64) // 32)
     config = EngineConfig(
         model=model_directory(model), dtype="bfloat16", device="cuda", load_format="dummy", max_model_len=context, max_num_seqs=batch,
@@ -29,7 +29,7 @@ def main(model: str, batch: int, context: int) -> None:
     def reset() -> None:
         for slot in slots:
             runner.slots.set_pages(slot, range(slot * width, (slot + 1) * width), fresh=True)
-        runner.slots.write(slots, [1] * batch, [context - 1] * batch, [0] * batch, [0.0] * batch, [0] * batch)
+        runner.slots.write(slots, [1] * batch, [context - 1] * batch, [0] * batch, [temperature] * batch, [0] * batch)
 
     reset()
     runner.launch_decode(slots, 20)
@@ -53,4 +53,4 @@ def main(model: str, batch: int, context: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *map(float, sys.argv[4:]))

@@ -97,9 +97,9 @@ def main(model: str, count: int, context: int, quantization: str, quick: bool) -
         best = timed(runner, rows)
         print(f"{model} {quantization} rows {count} context {context}: defaults {best:.1f} us", flush=True)
         tried = []
-        for few.cluster in ((c, u) for c in (1, 2, 4, 8, 16) for u in (2, 4)):
+        for few.cluster in ((c, d, w) for c in (4, 8, 16) for d in (1, 2) for w in (1, 2, 4)):
             tried.append((timed(runner, rows), few.cluster))
-        print("  cluster, unroll:", [(round(us, 1), *c) for us, c in sorted(tried)], flush=True)
+        print("  cluster, depth, warps:", [(round(us, 1), *c) for us, c in sorted(tried)[:8]], flush=True)
         few.cluster = min(tried)[1]
         best = min(tried)[0]
         explain(runner, rows, best)

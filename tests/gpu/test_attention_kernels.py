@@ -228,4 +228,5 @@ def test_draws_equal_the_reference_and_advance_the_slot() -> None:
 
 
 def test_splits_fill_the_card() -> None:
-    assert choose_splits(1, 8) == 32 and choose_splits(64, 8) == 2 and choose_splits(256, 8) == 1
+    assert [choose_splits(batch, 8, 64) for batch in (1, 32, 64, 256)] == [32, 4, 1, 1]
+    assert [choose_splits(batch, 8, 128) for batch in (1, 16, 32, 256)] == [32, 8, 1, 1]

@@ -1,16 +1,25 @@
-// Attention of one token per row for a few rows: a cluster of blocks owns one (row, KV head), each block a range of its tokens.
+// Attention of one token per row over pages: a cluster of blocks owns one (row, KV head), its warps take turns at tiles of 16 tokens.
 //
-// A lane reads 8 dimensions of a token, so HEAD_DIM / 8 lanes share a token and sum its products by shuffles; at these sizes plain
-// multiply-adds are free. Keys and values of earlier tokens are asked for before the wait for the kernel before: only the query
-// and the newest token come from it. The blocks of a cluster send their parts to each other's shared memory, each owning a share of
-// the sums, so there is neither a second kernel nor a trip through device memory.
+// Scores come from the tensor cores: tokens are the rows of mma.m16n8k16, the heads of the group its columns, and a lane loads 16
+// bytes of its tokens' keys straight into the fragments (the order of dimensions is free as long as query and key agree). Weights
+// times values are plain multiply-adds, a lane holding 8 dimensions: half of what memory needs in time. 8-bit codes become float16
+// without loss; their scales meet the scores and the weights in float32.
 //
-// Compiled once per use with: HEAD_DIM, GROUP, KV_HEADS, PAGE, CLUSTER, WARPS, UNROLL, KIND (0 bf16, 1 int8, 2 e4m3).
+// Keys and values of earlier tokens are asked for before the wait for the kernel before: only the query and the newest token come
+// from it. The blocks of a cluster send their parts to each other's shared memory, each owning a share of the sums, so there is
+// neither a second kernel nor a trip through device memory.
+//
+// Compiled once per use with: HEAD_DIM, GROUP, KV_HEADS, PAGE, CLUSTER, WARPS, DEPTH, KIND (0 bf16, 1 int8, 2 e4m3).
 typedef unsigned int u32;
 typedef unsigned short u16;
 
-constexpr int LANES = HEAD_DIM / 8, TOKENS = 32 / LANES, THREADS = WARPS * 32, SIZE = GROUP * HEAD_DIM;
-constexpr int BLOCK = WARPS * TOKENS, STRIDE = BLOCK * CLUSTER, SHARE = SIZE / CLUSTER, WORDS = KIND == 0 ? 4 : 2;
+constexpr int THREADS = WARPS * 32, SIZE = GROUP * HEAD_DIM, SHARE = SIZE / CLUSTER, TILE = 16;
+constexpr int BYTES = KIND == 0 ? 2 : 1, EACH = 16 / BYTES;            // of an element; elements of 16 bytes
+constexpr int PIECES = HEAD_DIM * BYTES / 64;                          // 16-byte loads of a lane per key
+constexpr int LANES = HEAD_DIM / 8, TOKENS = 32 / LANES, VALUES = TILE / TOKENS;  // lanes per value; values per load; loads per tile
+constexpr int WORDS = 2 * BYTES;                                       // 32-bit words of 8 elements
+constexpr int HEADS = GROUP <= 4 ? 4 : 8;                              // the group, padded for loads of 16 bytes
+static_assert(PAGE % TILE == 0, "a tile lies in one page");
 
 struct Args {
   const u16* query;      // bf16 [rows, >= heads * HEAD_DIM], rows stride_query apart
@@ -24,39 +33,58 @@ struct Args {
   float softmax_scale;   // times log2 e
 };
 
-struct Piece { u32 k[WORDS], v[WORDS]; u16 ks, vs; };
+struct Tile {
+  u32 k[2][PIECES][4];  // tokens g and g + 8
+  u32 v[VALUES][WORDS];
+  u16 scale;  // of key `lane`, or of value `lane - 16`
+};
 
-__device__ __forceinline__ void load_piece(const void* p, u32 (&r)[WORDS]) {
-#if KIND == 0
+__device__ __forceinline__ void load(const void* p, u32 (&r)[4]) {
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(p));
-#else
+}
+__device__ __forceinline__ void load(const void* p, u32 (&r)[2]) {
   asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "l"(p));
-#endif
 }
 __device__ __forceinline__ float half_to_float(u16 h) {
   float f;
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
   return f;
 }
+// Four 8-bit codes as two pairs of float16.
+__device__ __forceinline__ void to_halves(u32 codes, u32 (&pairs)[2]) {
+#if KIND == 1
+  const u32 raised = codes ^ 0x80808080u;  // value + 128; 0x6400 is 1024, whose last bit counts 1
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(pairs[0]) : "r"(__byte_perm(raised, 0x64646464u, 0x4140)), "r"(0x64806480u));
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(pairs[1]) : "r"(__byte_perm(raised, 0x64646464u, 0x4342)), "r"(0x64806480u));
+#else
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pairs[0]) : "h"((u16)codes));
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pairs[1]) : "h"((u16)(codes >> 16)));
+#endif
+}
 __device__ __forceinline__ void widen(const u32 (&r)[WORDS], float (&f)[8]) {
-#pragma unroll
-  for (int i = 0; i < WORDS; i++) {
 #if KIND == 0
-    f[2 * i] = __uint_as_float(r[i] << 16);
-    f[2 * i + 1] = __uint_as_float(r[i] & 0xffff0000u);
-#elif KIND == 1
 #pragma unroll
-    for (int b = 0; b < 4; b++) f[4 * i + b] = (float)((int)(r[i] << (24 - 8 * b)) >> 24);
+  for (int i = 0; i < 4; i++) f[2 * i] = __uint_as_float(r[i] << 16), f[2 * i + 1] = __uint_as_float(r[i] & 0xffff0000u);
 #else
 #pragma unroll
+  for (int i = 0; i < 2; i++) {
+    u32 pairs[2];
+    to_halves(r[i], pairs);
+#pragma unroll
     for (int h = 0; h < 2; h++) {
-      u32 pair;
-      asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"((u16)(r[i] >> (16 * h))));
-      f[4 * i + 2 * h] = half_to_float((u16)pair);
-      f[4 * i + 2 * h + 1] = half_to_float((u16)(pair >> 16));
+      f[4 * i + 2 * h] = half_to_float((u16)pairs[h]);
+      f[4 * i + 2 * h + 1] = half_to_float((u16)(pairs[h] >> 16));
     }
-#endif
   }
+#endif
+}
+__device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if KIND == 0
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#else
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#endif
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 // Store to the same place of another block of the cluster.
 __device__ __forceinline__ void send(float* p, int rank, float value) {
@@ -66,131 +94,171 @@ __device__ __forceinline__ void send(float* p, int rank, float value) {
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS) few_rows_attention(const Args a) {
-  __shared__ float parts[WARPS][SIZE], peaks[WARPS][GROUP], totals[WARPS][GROUP];
+  __shared__ float parts[WARPS][SIZE], peaks[WARPS][HEADS], totals[WARPS][HEADS];
   __shared__ float inbox[CLUSTER][SHARE], inbox_peaks[CLUSTER][GROUP], inbox_totals[CLUSTER][GROUP];
+  __shared__ __align__(16) float weights[WARPS][TILE + 1][HEADS];  // the last row: how much the sums so far shrink
   const int rank = blockIdx.x, head = blockIdx.y, row = blockIdx.z;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % LANES;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, part = lane % LANES, mine = lane / LANES;
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   // Positions are of the step's first kernel, which has ended before the kernel before this one let it start.
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");  // that all blocks are there is asked before sending
   const int length = a.positions[row] + 1;
   const int* table = a.tables + (size_t)a.slots[row] * a.stride_table;
-  const int first = rank * BLOCK + warp * TOKENS + lane / LANES;  // this lane's tokens are STRIDE apart
+  const int first = (rank * WARPS + warp) * TILE;
+  constexpr int STRIDE = CLUSTER * WARPS * TILE;
 
-  Piece ring[UNROLL];
   auto page_of = [&](int token) { return table[min(token / PAGE, a.stride_table - 1)]; };
-  auto fetch = [&](Piece& p, int page, int token) {
-    const size_t line = ((size_t)page * 2 * KV_HEADS + head) * PAGE + token % PAGE;
-    const char* at = (const char*)a.cache + (line * HEAD_DIM + part * 8) * (KIND == 0 ? 2 : 1);
-    load_piece(at, p.k);
-    load_piece(at + (size_t)KV_HEADS * PAGE * HEAD_DIM * (KIND == 0 ? 2 : 1), p.v);
+  // The tokens of a tile from `low` to below `high`.
+  auto fetch = [&](Tile& tile, int page, int base, int low, int high) {
+    const size_t line = ((size_t)page * 2 * KV_HEADS + head) * PAGE + base % PAGE;
+    const char* keys = (const char*)a.cache + line * HEAD_DIM * BYTES;
+    const char* values = keys + (size_t)KV_HEADS * PAGE * HEAD_DIM * BYTES;
+#pragma unroll
+    for (int side = 0; side < 2; side++) {
+      const int token = g + side * 8;
+      if (base + token >= low && base + token < high)
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) load(keys + token * HEAD_DIM * BYTES + (i * 4 + t) * 16, tile.k[side][i]);
+    }
+#pragma unroll
+    for (int i = 0; i < VALUES; i++) {
+      const int token = i * TOKENS + mine;
+      if (base + token >= low && base + token < high) load(values + (token * HEAD_DIM + part * 8) * BYTES, tile.v[i]);
+    }
     if (KIND) {
-      asm volatile("ld.global.u16 %0, [%1];" : "=h"(p.ks) : "l"(a.scales + line));
-      asm volatile("ld.global.u16 %0, [%1];" : "=h"(p.vs) : "l"(a.scales + line + KV_HEADS * PAGE));
+      const int token = lane % 16;
+      if (base + token >= low && base + token < high)
+        asm volatile("ld.global.u16 %0, [%1];" : "=h"(tile.scale) : "l"(a.scales + line + token + lane / 16 * KV_HEADS * PAGE));
     }
   };
-  int pages[UNROLL];  // asked for without knowing the length
+  Tile ring[DEPTH];
+  int pages[DEPTH];  // asked for without knowing the length
 #pragma unroll
-  for (int u = 0; u < UNROLL; u++) pages[u] = page_of(first + u * STRIDE);
+  for (int j = 0; j < DEPTH; j++) pages[j] = page_of(first + j * STRIDE);
 #pragma unroll
-  for (int u = 0; u < UNROLL; u++) {
-    ring[u] = {};
-    if (first + u * STRIDE < length - 1) fetch(ring[u], pages[u], first + u * STRIDE);
+  for (int j = 0; j < DEPTH; j++) {
+    ring[j] = {};
+    fetch(ring[j], pages[j], first + j * STRIDE, 0, length - 1);
   }
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #pragma unroll
-  for (int u = 0; u < UNROLL; u++)
-    if (first + u * STRIDE == length - 1) fetch(ring[u], pages[u], first + u * STRIDE);
-  float q[GROUP][8];
-#pragma unroll
-  for (int i = 0; i < GROUP; i++) {
-    const uint4 r = *(const uint4*)(a.query + (size_t)row * a.stride_query + (head * GROUP + i) * HEAD_DIM + part * 8);
-    const u32 words[4] = {r.x, r.y, r.z, r.w};
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-      q[i][2 * e] = __uint_as_float(words[e] << 16) * a.softmax_scale;
-      q[i][2 * e + 1] = __uint_as_float(words[e] & 0xffff0000u) * a.softmax_scale;
-    }
-  }
+  for (int j = 0; j < DEPTH; j++) fetch(ring[j], pages[j], first + j * STRIDE, length - 1, length);
 
-  float peak[GROUP], total[GROUP], acc[GROUP][8];
+  u32 q[PIECES][EACH / 4][2];  // column g: head g of the group, in the order of the keys
 #pragma unroll
-  for (int i = 0; i < GROUP; i++) {
-    peak[i] = -1e30f;
-    total[i] = 0.f;
+  for (int i = 0; i < PIECES; i++)
 #pragma unroll
-    for (int d = 0; d < 8; d++) acc[i][d] = 0.f;
-  }
-  for (int base = first; base - first + rank * BLOCK < length; base += UNROLL * STRIDE) {
-    float score[UNROLL][GROUP];
+    for (int j = 0; j < EACH / 4; j++) {
+      uint2 r = make_uint2(0, 0);
+      if (g < GROUP)
+        r = *(const uint2*)(a.query + (size_t)row * a.stride_query + (head * GROUP + g) * HEAD_DIM + (i * 4 + t) * EACH + j * 4);
+      q[i][j][0] = r.x, q[i][j][1] = r.y;
+#if KIND != 0
 #pragma unroll
-    for (int u = 0; u < UNROLL; u++) {
-      float k[8];
-      widen(ring[u].k, k);
-      const float by = KIND ? half_to_float(ring[u].ks) : 1.f;
-#pragma unroll
-      for (int i = 0; i < GROUP; i++) {
-        float s = 0.f;
-#pragma unroll
-        for (int d = 0; d < 8; d++) s += q[i][d] * k[d];
-#pragma unroll
-        for (int step = 1; step < LANES; step *= 2) s += __shfl_xor_sync(~0u, s, step);
-        score[u][i] = base + u * STRIDE < length ? s * by : -1e30f;
+      for (int h = 0; h < 2; h++) {
+        const float one = __uint_as_float(q[i][j][h] << 16), two = __uint_as_float(q[i][j][h] & 0xffff0000u);
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(q[i][j][h]) : "f"(two), "f"(one));
       }
+#endif
     }
+
+  float peak[2] = {-1e30f, -1e30f}, total[2] = {0.f, 0.f}, acc[GROUP][8] = {};
+  int next = first + DEPTH * STRIDE, page = page_of(next);
+  for (int base = first; base < length; base += DEPTH * STRIDE) {
 #pragma unroll
-    for (int i = 0; i < GROUP; i++) {
-      float top = peak[i];
+    for (int j = 0; j < DEPTH; j++) {
+      const int at = base + j * STRIDE;
+      if (at >= length) break;
+      float s[4] = {};
 #pragma unroll
-      for (int u = 0; u < UNROLL; u++) top = fmaxf(top, score[u][i]);
-      const float shrink = exp2f(peak[i] - top);
-      peak[i] = top;
-      total[i] *= shrink;
+      for (int i = 0; i < PIECES; i++)
 #pragma unroll
-      for (int d = 0; d < 8; d++) acc[i][d] *= shrink;
-    }
+        for (int m = 0; m < EACH / 4; m++) {
+#if KIND == 0
+          const u32 *p = ring[j].k[0][i] + 2 * m, *o = ring[j].k[1][i] + 2 * m;
+          multiply(s, p[0], o[0], p[1], o[1], q[i][m][0], q[i][m][1]);
+#else
+          u32 p[2], o[2];
+          to_halves(ring[j].k[0][i][m], p);
+          to_halves(ring[j].k[1][i][m], o);
+          multiply(s, p[0], o[0], p[1], o[1], q[i][m][0], q[i][m][1]);
+#endif
+        }
+      float by[2] = {a.softmax_scale, a.softmax_scale}, value_by[2] = {1.f, 1.f};
+      if (KIND) {
+        const float scale = half_to_float(ring[j].scale);
 #pragma unroll
-    for (int u = 0; u < UNROLL; u++) {
-      float v[8];
-      widen(ring[u].v, v);
-      const float by = KIND ? half_to_float(ring[u].vs) : 1.f;
-      const bool inside = base + u * STRIDE < length;
-#pragma unroll
-      for (int i = 0; i < GROUP; i++) {
-        const float weight = inside ? exp2f(score[u][i] - peak[i]) : 0.f;
-        total[i] += weight;
-#pragma unroll
-        for (int d = 0; d < 8; d++) acc[i][d] += weight * by * v[d];
+        for (int side = 0; side < 2; side++) {
+          by[side] *= __shfl_sync(~0u, scale, g + side * 8);
+          value_by[side] = __shfl_sync(~0u, scale, 16 + g + side * 8);
+        }
       }
-      const int token = base + (UNROLL + u) * STRIDE;
-      if (token < length) fetch(ring[u], page_of(token), token);
-      else ring[u] = {};
+#pragma unroll
+      for (int e = 0; e < 4; e++) s[e] = at + g + e / 2 * 8 < length ? s[e] * by[e / 2] : -1e30f;
+      float shrink[2];
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        float top = fmaxf(s[h], s[2 + h]);
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+        top = fmaxf(top, peak[h]);
+        shrink[h] = exp2f(peak[h] - top);
+        peak[h] = top;
+        s[h] = exp2f(s[h] - top);
+        s[2 + h] = exp2f(s[2 + h] - top);
+        total[h] = total[h] * shrink[h] + s[h] + s[2 + h];
+      }
+      __syncwarp();  // the weights of the tile before have been read
+      if (2 * t < HEADS) {
+        *(float2*)&weights[warp][g][2 * t] = make_float2(s[0] * value_by[0], s[1] * value_by[0]);
+        *(float2*)&weights[warp][g + 8][2 * t] = make_float2(s[2] * value_by[1], s[3] * value_by[1]);
+        if (g == 0) *(float2*)&weights[warp][TILE][2 * t] = make_float2(shrink[0], shrink[1]);
+      }
+      __syncwarp();
+      float w[HEADS];
+#pragma unroll
+      for (int i = 0; i < HEADS; i += 4) *(float4*)(w + i) = *(const float4*)&weights[warp][TILE][i];
+#pragma unroll
+      for (int i = 0; i < GROUP; i++)
+#pragma unroll
+        for (int d = 0; d < 8; d++) acc[i][d] *= w[i];
+#pragma unroll
+      for (int n = 0; n < VALUES; n++) {
+#pragma unroll
+        for (int i = 0; i < HEADS; i += 4) *(float4*)(w + i) = *(const float4*)&weights[warp][n * TOKENS + mine][i];
+        float v[8];
+        widen(ring[j].v[n], v);
+#pragma unroll
+        for (int i = 0; i < GROUP; i++)
+#pragma unroll
+          for (int d = 0; d < 8; d++) acc[i][d] += w[i] * v[d];
+      }
+      if (next < length) {
+        if (next + TILE > length) ring[j] = {};  // tokens past the end count as zeros, not as what was there before
+        fetch(ring[j], page, next, 0, length);
+      }
+      next += STRIDE;
+      page = page_of(next);
     }
   }
 
   // Lanes that hold the same dimensions of other tokens, then warps, then blocks.
 #pragma unroll
-  for (int i = 0; i < GROUP; i++) {
-    float top = peak[i];
+  for (int h = 0; h < 2; h++)
 #pragma unroll
-    for (int step = LANES; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-    const float shrink = exp2f(peak[i] - top);
-    total[i] *= shrink;
-#pragma unroll
-    for (int d = 0; d < 8; d++) acc[i][d] *= shrink;
-#pragma unroll
-    for (int step = LANES; step < 32; step *= 2) {
-      total[i] += __shfl_xor_sync(~0u, total[i], step);
-#pragma unroll
-      for (int d = 0; d < 8; d++) acc[i][d] += __shfl_xor_sync(~0u, acc[i][d], step);
-    }
-    if (lane < LANES) {
-#pragma unroll
-      for (int d = 0; d < 8; d++) parts[warp][i * HEAD_DIM + part * 8 + d] = acc[i][d];
-      peaks[warp][i] = top;
-      totals[warp][i] = total[i];
-    }
+    for (int step = 4; step < 32; step *= 2) total[h] += __shfl_xor_sync(~0u, total[h], step);
+  if (g == 0 && 2 * t < HEADS) {
+    *(float2*)&peaks[warp][2 * t] = make_float2(peak[0], peak[1]);
+    *(float2*)&totals[warp][2 * t] = make_float2(total[0], total[1]);
   }
+#pragma unroll
+  for (int i = 0; i < GROUP; i++)
+#pragma unroll
+    for (int d = 0; d < 8; d++) {
+#pragma unroll
+      for (int step = LANES; step < 32; step *= 2) acc[i][d] += __shfl_xor_sync(~0u, acc[i][d], step);
+      if (lane < LANES) parts[warp][i * HEAD_DIM + part * 8 + d] = acc[i][d];
+    }
   __syncthreads();
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
   for (int at = threadIdx.x; at < SIZE; at += THREADS) {

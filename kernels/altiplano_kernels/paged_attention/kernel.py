@@ -100,10 +100,18 @@ class DecodeWorkspace:
         self.counters = torch.zeros(batch * kv_heads, dtype=torch.int32, device=device)
 
 
-def choose_splits(batch: int, kv_heads: int, processors: int = 132) -> int:
-    """Splits per (sequence, head): about four programs a processor, at most 32."""
+def choose_splits(batch: int, kv_heads: int, head_dim: int, processors: int = 132) -> int:
+    """Splits per (sequence, head): none from 24 KiB of keys in flight a processor on, else about four programs a processor, at most 32."""
+    if batch * kv_heads * head_dim >= 192 * processors:
+        return 1
     wanted = -(-4 * processors // (batch * kv_heads))
     return int(min(32, triton.next_power_of_2(wanted)))
+
+
+def choose_tiling(batch: int, kv_heads: int, head_dim: int, processors: int = 132) -> tuple[int, int, int]:
+    """Tile, stages and warps: measured at 32 to 256 sequences of both models. Two warps pay where few programs share a processor."""
+    crowded = batch * kv_heads >= 8 * processors or choose_splits(batch, kv_heads, head_dim, processors) > 1
+    return (32, 4, 1) if head_dim == 64 and crowded else (64, 3, 2)
 
 
 def decode(

@@ -34,17 +34,17 @@ class FewRows:
         self._scratch = few.Step(config.hidden_size, query, config.intermediate_size, config.head_dim, MOST_BLOCKS, device)
         self._qkv = torch.empty(few.MOST_ROWS, self._width, dtype=torch.bfloat16, device=device)
         self.plans: dict[str, few.Plan] = {}  # overrides, for tuning
-        self.cluster: tuple[int, int] | None = None
+        self.cluster: tuple[int, int, int] | None = None
 
     @staticmethod
-    def supports(config: LlamaConfig, bits: int = 16) -> bool:
+    def supports(config: LlamaConfig, page: int, bits: int = 16) -> bool:
         """Whether all sizes divide into the kernels' tiles."""
         query = config.num_attention_heads * config.head_dim
         sums = (config.hidden_size, config.intermediate_size, query)
         return (
             all(few.divides(k, bits) for k in sums)
             and config.vocab_size % 16 == 0
-            and fits(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+            and fits(config.num_attention_heads, config.num_key_value_heads, config.head_dim, page)
         )
 
     def step(self, rows: torch.Tensor) -> None:
@@ -54,7 +54,7 @@ class FewRows:
         eps, heads = config.rms_norm_eps, config.num_attention_heads
         residual, mixed, wide = scratch.residual[:count], scratch.mixed[:count], scratch.wide[:count]
         few.begin(rows, slots.tokens, slots.positions, slots.tables, weights.embedding, model.cos_sin, model.cache[0], scratch)
-        cluster, unroll = self.cluster or ((16, 2) if count == 1 else (4, 4))
+        cluster, depth, warps = self.cluster or ((8, 1, 4) if count == 1 else (4, 2, 4))
         layers: Sequence[AnyLayer] = weights.layers
         for index, layer in enumerate(layers):
             cache, scales = model.cache[index], None if model.scales is None else model.scales[index]
@@ -69,7 +69,7 @@ class FewRows:
                 few.linear(residual, qkv, query, layer.input_norm, eps, plan("qkv"))
                 positions = scratch.positions[:count]
                 rope_and_write(query, positions, rows, slots.tables, model.cos_sin, cache, scales, heads, pdl=True)
-            decode_few(query, cache, scales, slots.tables, rows, scratch.positions, mixed, heads, cluster, unroll)
+            decode_few(query, cache, scales, slots.tables, rows, scratch.positions, mixed, heads, cluster, depth, warps)
             few.add_linear(mixed, o, residual, plan("o"))
             few.norm_swiglu(residual, gate_up, layer.post_norm, eps, wide, plan("gate_up"))
             few.add_linear(wide, down, residual, plan("down"))

@@ -10,10 +10,11 @@ from altiplano.engine.cuda.quantized import AnyLayer, PackedWeights
 from altiplano.engine.cuda.slots import SlotTable
 from altiplano.engine.weights import Layer, Weights
 from altiplano_kernels.embed_norm.kernel import add_norm, add_norm_parts, embed_rows
+from altiplano_kernels.few_rows_attention.kernel import decode_few, fits
 from altiplano_kernels.kv_write.kernel import rope_and_write
 from altiplano_kernels.linear import kernel as linear
 from altiplano_kernels.lora.reference import add_lora
-from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, choose_splits, decode
+from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, choose_splits, choose_tiling, decode
 from altiplano_kernels.prefill_attention.kernel import prefill
 from altiplano_kernels.rope.reference import cos_sin, inverse_frequencies
 from altiplano_kernels.swiglu.kernel import swiglu
@@ -44,13 +45,14 @@ class CudaLlama:
         self.cos_sin = torch.cat(cos_sin(positions, frequencies), -1).to(device).contiguous()
         kv_heads = config.num_key_value_heads
         # The batch whose splits need most room decides.
-        need = max(batch * choose_splits(batch, kv_heads) for batch in range(1, max_batch + 1))
+        need = max(batch * choose_splits(batch, kv_heads, config.head_dim) for batch in range(1, max_batch + 1))
         layer = weights.layers[0]
         self._splits = all(
             linear.fits(linear.PARTS_SOME, *map(int, w.shape))
             and linear.fits(linear.GATED_SOME, config.intermediate_size, config.hidden_size)
             for w in ((layer.o, layer.down) if isinstance(layer, Layer) else ())
         )
+        self._codes = fits(config.num_attention_heads, kv_heads, config.head_dim, cache.shape[4])
         self._workspace = DecodeWorkspace(max(need, max_batch), kv_heads, config.head_dim, device, 1)
 
     def decode_hidden(self, rows: torch.Tensor, groups: Groups = (), pdl: bool = True) -> torch.Tensor:
@@ -62,11 +64,17 @@ class CudaLlama:
         embed_rows(
             slots.tokens, slots.positions, rows, self.weights.embedding, first, residual, x, positions, config.rms_norm_eps, pdl
         )
-        splits = choose_splits(batch, config.num_key_value_heads)
+        shape = (batch, config.num_key_value_heads, config.head_dim)
+        splits, tiling = choose_splits(*shape), choose_tiling(*shape)
+        # Few programs still fill the card when each (row, head) is a cluster of several.
+        cluster = min(8, choose_splits(*shape))
 
         def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
             out = torch.empty(batch, config.num_attention_heads * config.head_dim, dtype=torch.bfloat16, device=rows.device)
             scales = None if self.scales is None else self.scales[layer]
+            if scales is not None and self._codes:
+                heads, cache = config.num_attention_heads, self.cache[layer]
+                return decode_few(qkv, cache, scales, slots.tables, rows, positions, out, heads, cluster, pdl=pdl)
             return decode(
                 qkv,
                 self.cache[layer],
@@ -78,6 +86,7 @@ class CudaLlama:
                 self._workspace,
                 config.num_attention_heads,
                 splits,
+                *tiling,
                 pdl=pdl,
             )
 

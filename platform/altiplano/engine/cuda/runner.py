@@ -64,7 +64,7 @@ class CudaRunner:
         else:
             weights = load_weights(config.model, model, torch.bfloat16, device)
         kind = CACHE_DTYPES[kv_cache_dtype]
-        bits = _bits(quantization, model)
+        bits = _bits(quantization, model, config.block_size)
         if bits < 16:
             weights = pack_weights(weights, bits, model.head_dim, fused_qkv=kind is torch.bfloat16)
         shape = (model.num_hidden_layers, config.num_blocks + 1, 2, model.num_key_value_heads, config.block_size, model.head_dim)
@@ -77,7 +77,7 @@ class CudaRunner:
         if largest > config.max_num_seqs:
             self.slots.rows = torch.full((largest,), self.slots.scratch, dtype=torch.int32, device=device)
         self.model = CudaLlama(model, weights, cache, scales, self.slots, largest)
-        self._few = FewRows(self.model) if FewRows.supports(model, bits) else None
+        self._few = FewRows(self.model) if FewRows.supports(model, config.block_size, bits) else None
         self._draws = DrawWorkspace(largest, model.vocab_size, device)
         self._graphs = DecodeGraphs(self._decode_step, lambda bucket: self.slots.upload_rows((), bucket))
         self._adapters: dict[str, Adapter] = {}
@@ -259,16 +259,16 @@ class CudaRunner:
         return torch.tensor(values, dtype=torch.int64).pin_memory().to(self._device, non_blocking=True)
 
 
-def _bits(quantization: str, model: LlamaConfig) -> int:
+def _bits(quantization: str, model: LlamaConfig, page: int) -> int:
     """Bits of a weight; 16 where nothing is quantized."""
     if quantization == "none":
         return 16
     if quantization not in BITS:
         raise EngineError(f"quantization {quantization!r} is unknown: use one of none, {', '.join(BITS)}")
-    if not FewRows.supports(model, BITS[quantization]):
+    if not FewRows.supports(model, page, BITS[quantization]):
         raise EngineError(
-            f"quantization {quantization} needs sizes that are multiples of 512 or 768, and this model has hidden_size "
-            f"{model.hidden_size} and intermediate_size {model.intermediate_size}: use none"
+            f"quantization {quantization} needs sizes that are multiples of 512 or 768 and a block_size that is one of 16; here hidden_size is "
+            f"{model.hidden_size}, intermediate_size {model.intermediate_size} and block_size {page}: use none"
         )
     return BITS[quantization]
 
