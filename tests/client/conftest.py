@@ -126,11 +126,17 @@ def time() -> VirtualTime:
     return VirtualTime()
 
 
-def with_sender(url: str, time: VirtualTime, use: Callable[[Sender], Awaitable[Any]], backoff: Backoff | None = None) -> Any:
+def with_sender(
+    url: str,
+    time: VirtualTime,
+    use: Callable[[Sender], Awaitable[Any]],
+    backoff: Backoff | None = None,
+    api_key: str | None = None,
+) -> Any:
     """Run `use` with a sender whose waits are virtual."""
 
     async def main() -> Any:
-        endpoint = Endpoint(url)
+        endpoint = Endpoint(url, api_key)
         async with endpoint.open() as client:
             return await use(Sender(endpoint, client, backoff or Backoff(), time.sleep, time.clock, lambda: 1.0))
 

@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 
+from altiplano import spec
 from altiplano.client import Backoff, EndpointGoneError, RefusedError, Sender
 from altiplano.client.batch import Batch, Progress, run_batch
 from altiplano.client.rows import Asking
+from altiplano.serve.governance import Governance
+from altiplano.serve.keys import KeyFile
 
-from ..serve.conftest import Server
+from ..serve.conftest import Server, settings
 from .conftest import CLOSE, Scripted, VirtualTime, with_sender
 
 ALTIPLANO = [sys.executable, "-m", "altiplano.cli"]
@@ -216,6 +219,38 @@ def test_a_finished_output_is_not_overwritten_by_accident(scripted: Scripted, ti
     run(scripted, time, batch)
     with pytest.raises(ValueError, match="--overwrite"):
         run(scripted, time, batch)
+
+
+def test_a_quota_is_waited_for(adapter: Path, tmp_path: Path, time: VirtualTime) -> None:
+    """The endpoint's own quota, on the client's virtual clock: 10 requests a minute make 25 rows take a minute and a half."""
+    keys = KeyFile(tmp_path / "keys.json")
+    _, text = keys.create("batch", requests_per_minute=10)
+    governance = Governance.of(spec.Serve(host="0.0.0.0", api_keys_file=str(keys.path)), clock=time.clock)
+    served = Server(settings(adapter), governance)
+    try:
+        batch = make(tmp_path, prompts(25), model="cria", parameters={"max_tokens": 2})
+        begun = time.now
+
+        async def ask(sender: Sender) -> Progress:
+            return await run_batch(batch, sender)
+
+        progress: Progress = with_sender(f"{served.url}/v1", time, ask, Backoff(max_retries=0), text)
+    finally:
+        served.close()
+    assert (progress.answered, progress.failed) == (25, 0) and progress.retries > 0
+    assert time.now - begun >= 90
+
+
+def test_ctrl_c_keeps_what_is_answered(scripted: Scripted, tmp_path: Path) -> None:
+    source, output = write_jsonl(tmp_path / "in.jsonl", prompts(4)), tmp_path / "out.jsonl"
+    scripted.hold = lambda seen: seen.prompt == "row 3"
+    command = [*ALTIPLANO, "batch", str(source), str(output), "--url", scripted.url, "--concurrency", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert scripted.held.acquire(timeout=120)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "run the same command to go on" in said and "Traceback" not in said
+    assert len(output.with_name("out.jsonl.journal").read_text().splitlines()) == 3
 
 
 def test_the_command_against_cria(server: Server, tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from altiplano.client.bench.arrivals import RampUp, ramp, schedule
 from altiplano.client.bench.charts import Axis, Line, line_chart
 from altiplano.client.bench.load import Record, Run
-from altiplano.client.bench.metrics import concurrency_over_time, parse_goodput, percentile, summary, tokens_over_time
+from altiplano.client.bench.metrics import concurrency_over_time, parse_goodput, summary, tokens_over_time
 from altiplano.client.bench.plan import Arrivals, Plan
+from altiplano.client.bench.quantiles import percentile
 from altiplano.client.bench.report import page
 from altiplano.client.bench.result import details, median_run, result
 
@@ -115,12 +116,17 @@ def test_goodput_objectives() -> None:
 
 
 def test_the_median_run_stands_for_all_and_the_spread_is_told() -> None:
-    runs = [Run([record(0, 0, [end])], 0.5) for end in (3.0, 1.0, 2.0)]
+    runs = [Run([record(0, 0, [end])], 0.5, 0.001) for end in (3.0, 1.0, 2.0)]
     assert median_run(runs) == 2
     found = result(Plan(model="cria", repeat=3), runs, (99,), None, ["bench"], {"commit": "abc"})
     assert found["output_throughput"] == pytest.approx(0.5)
     assert found["spread"]["output_throughput"] == {"min": pytest.approx(1 / 3), "median": pytest.approx(0.5), "max": 1.0}
-    assert len(found["repetitions"]) == 3 and found["commit"] == "abc" and found["request_rate"] == "inf"
+    assert (
+        len(found["repetitions"]) == 3
+        and found["commit"] == "abc"
+        and found["client_loop_lag_ms"] == 1.0
+        and found["request_rate"] == "inf"
+    )
     assert details(runs[2].records)["ttfts"] == [2.0] and details(runs[2].records)["itls"] == [[]]
 
 
@@ -152,7 +158,7 @@ class _Page(HTMLParser):
 def test_the_report_is_one_file_that_asks_for_nothing() -> None:
     records = [record(i / 10, i / 10, [i / 10 + 0.05, i / 10 + 0.1]) for i in range(30)]
     records.append(record(3.0, 3.0, [3.1], error="500: <script>alert(1)</script>"))
-    found = result(Plan(model="<cria>"), [Run(records, 0.5)], (50, 99), {"ttft": 60.0}, ["bench"], {})
+    found = result(Plan(model="<cria>"), [Run(records, 0.5, 0.001)], (50, 99), {"ttft": 60.0}, ["bench"], {})
     html = page(found, records, (50, 99))
     parsed = _Page()
     parsed.feed(html)

@@ -78,6 +78,7 @@ def test_a_wrong_request_is_asked_once_and_says_why(scripted: Scripted, time: Vi
     [
         ((503, {}), Backoff(max_retries=3), 4),
         ((429, {"retry-after": "100"}), Backoff(patience_s=250), 3),
+        ((429, {"retry-after": "100"}), Backoff(longest_wait_s=50), 1),
         ((429, {"retry-after": "86400"}), Backoff(), 1),
     ],
 )

@@ -27,8 +27,10 @@ class Backoff:
     """Failures of one request before it is given up. A 429 that says when to come back is no failure."""
     base_s: float = 0.5
     cap_s: float = 30.0
-    patience_s: float = 600.0
-    """The longest that one request waits in all, and the longest Retry-After that is honoured."""
+    longest_wait_s: float = 600.0
+    """The longest Retry-After that is honoured."""
+    patience_s: float = 3600.0
+    """How long one request waits in all. Many requests behind one quota take long turns."""
 
     def delay(self, attempt: int, draw: float) -> float:
         """Seconds before retry number `attempt` (from 0); `draw` is uniform in [0, 1)."""
@@ -128,7 +130,7 @@ class Sender:
                 # Jitter on top of what is asked, so that the crowd does not come back in one instant.
                 jitter = self.backoff.delay(max(0, failures - 1), self.draw())
                 wait = jitter if asked is None else asked + min(jitter, self.backoff.base_s)
-                if self._spent(failures, waited + wait):
+                if wait > self.backoff.longest_wait_s or self._spent(failures, waited + wait):
                     raise _given_up(response, retries, wait)
                 if asked is not None:
                     self._closed_until = max(self._closed_until, self.clock() + asked)

@@ -11,8 +11,11 @@ from typing import Any
 
 import httpx
 
+from altiplano.client.bench.quantiles import percentile
 from altiplano.client.errors import refused
 from altiplano.client.sse import DONE, EventParser
+
+PROBE_S = 0.01
 
 
 @dataclass
@@ -44,10 +47,12 @@ class Record:
 
 @dataclass(frozen=True)
 class Run:
-    """One load. `cpu_share`: processor time of the client over the wall's, of its busiest process; 1 is a whole core."""
+    """One load, and how the client itself fared: of its busiest process, the processor time over the wall's (1 is a whole core),
+    and the 99th percentile of how late its event loop woke up, in seconds: so late it may have seen a token."""
 
     records: list[Record]
     cpu_share: float
+    loop_lag: float
 
 
 async def run_load(
@@ -72,12 +77,21 @@ async def run_load(
         return record
 
     await _until(zero)
-    began, cpu, running = perf_counter(), process_time(), []
+    began, cpu, running, lags = perf_counter(), process_time(), [], list[float]()
+    probe = asyncio.create_task(_probe(lags))
     for body, due in zip(bodies, schedule, strict=True):
         await _until(zero + due)
         running.append(asyncio.create_task(one(body, due)))
     records = list(await asyncio.gather(*running))
-    return Run(records, (process_time() - cpu) / (perf_counter() - began))
+    probe.cancel()
+    return Run(records, (process_time() - cpu) / (perf_counter() - began), percentile(sorted(lags), 99) if lags else 0.0)
+
+
+async def _probe(lags: list[float]) -> None:
+    while True:
+        due = perf_counter() + PROBE_S
+        await asyncio.sleep(PROBE_S)
+        lags.append(perf_counter() - due)
 
 
 async def _until(time: float) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from altiplano.client.bench.load import Record
+from altiplano.client.bench.quantiles import percentile
 
 METRICS = ("ttft", "tpot", "itl", "e2el", "queue", "arrival_ttft", "arrival_e2el")
 OBJECTIVES = ("ttft", "tpot", "e2el")
@@ -88,14 +89,6 @@ def parse_goodput(objectives: Sequence[str]) -> dict[str, float]:
         if not colon or name not in OBJECTIVES or not found[name] > 0:
             raise ValueError(f"--goodput {objective!r}: write one of {', '.join(OBJECTIVES)} with milliseconds, such as ttft:500")
     return found
-
-
-def percentile(ordered: Sequence[float], p: float) -> float:
-    """The p-th percentile of sorted values, between neighbours by linear interpolation (numpy's default)."""
-    place = (len(ordered) - 1) * p / 100
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def tokens_over_time(records: Sequence[Record], bucket_s: float) -> list[float]:

@@ -56,7 +56,7 @@ async def run_parts(
     records = list[Record]()
     for i in range(len(bodies)):
         records.append(parts[i % processes].records[i // processes])
-    return Run(records, max(part.cpu_share for part in parts))
+    return Run(records, max(part.cpu_share for part in parts), max(part.loop_lag for part in parts))
 
 
 def _part(

@@ -7,7 +7,8 @@ from typing import Any
 
 from altiplano.client.bench.charts import Line, dot_chart, line_chart
 from altiplano.client.bench.load import Record
-from altiplano.client.bench.metrics import METRICS, concurrency_over_time, percentile, series, tokens_over_time
+from altiplano.client.bench.metrics import METRICS, concurrency_over_time, series, tokens_over_time
+from altiplano.client.bench.quantiles import percentile
 
 CURVE = [p / 2 for p in range(0, 200)] + [99.5, 99.9, 100.0]
 RATE_POINTS, SHORTEST_BUCKET_S = 80, 0.1
@@ -81,6 +82,7 @@ def _throughput(found: dict[str, Any]) -> str:
         ["most output tokens in one second", f"{found['max_output_tokens_per_s']:,.0f}"],
         ["most requests in flight", f"{found['max_concurrent_requests']:,}"],
         ["latest departure of a request, ms", f"{found['max_schedule_lag_ms']:,.1f}"],
+        ["client's event loop late by, p99 in ms", f"{found['client_loop_lag_ms']:,.1f}"],
         ["client's processor, share of a core", f"{found['client_cpu_share']:.2f}"],
     ]
     if found["request_goodput"] is not None:

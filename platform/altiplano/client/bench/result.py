@@ -34,7 +34,7 @@ def result(
     metadata: dict[str, str],
 ) -> dict[str, Any]:
     """The run with the median output throughput in vLLM's flat keys; `repetitions` holds all of them, `spread` their ranges."""
-    numbers = [{**summary(run.records, percentiles, goodput), "client_cpu_share": run.cpu_share} for run in runs]
+    numbers = [{**summary(run.records, percentiles, goodput), **_client(run)} for run in runs]
     chosen = median_run(runs)
     arrivals = plan.arrivals
     return {
@@ -88,6 +88,10 @@ def median_run(runs: Sequence[Run]) -> int:
     """Which run stands for all: the one with the (lower) median output throughput."""
     order = sorted(range(len(runs)), key=lambda i: summary(runs[i].records, ())["output_throughput"] or 0.0)
     return order[(len(order) - 1) // 2]
+
+
+def _client(run: Run) -> dict[str, float]:
+    return {"client_cpu_share": run.cpu_share, "client_loop_lag_ms": run.loop_lag * 1e3}
 
 
 def _range(values: list[float | int | None]) -> dict[str, float] | None:
