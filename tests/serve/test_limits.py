@@ -93,7 +93,7 @@ def test_keys_do_not_share_quotas_and_new_limits_count_at_once() -> None:
 
 
 def test_the_queue_is_bounded_and_estimates_when_there_is_room() -> None:
-    queue = Queue(limit=10)
+    queue = Queue(running=8, waiting=2)
     queue.enter(8, 0.0)
     with refused(429, "try again in 1 s"):
         queue.enter(3, 0.0)
@@ -108,9 +108,37 @@ def test_the_queue_is_bounded_and_estimates_when_there_is_room() -> None:
     assert queue.size == 8
 
 
+def test_a_busy_key_does_not_keep_others_out_and_alone_uses_everything() -> None:
+    queue = Queue(running=4, waiting=6)
+    queue.enter(10, 0.0, "hog")
+    with refused(429, "10 answers run or wait"):
+        queue.enter(1, 1.0, "guest")
+    queue.leave(1, 2.0, "hog")
+    with refused(429, "its share, 9"):
+        queue.enter(1, 2.0, "hog")  # the place is the guest's, who asked a second ago
+    queue.enter(1, 3.0, "guest")
+    queue.leave(4, 4.0, "hog")
+    for second in range(5, 9):
+        queue.enter(1, float(second), "guest")
+    queue.leave(1, 9.0, "guest")
+    with refused(429, "its share, 5"):
+        queue.enter(1, 9.0, "hog")
+    queue.leave(4, 10.0, "guest")
+    queue.enter(5, 70.0, "hog")  # nobody else has asked for a minute
+    assert queue.size == 10
+
+
+def test_fairness_never_idles_the_engine() -> None:
+    queue = Queue(running=8, waiting=0)
+    for key in ("a", "b", "c"):
+        queue.enter(1, 0.0, key)
+        queue.leave(1, 1.0, key)
+    queue.enter(8, 2.0, "hog")
+
+
 @given(st.lists(st.integers(1, 4), max_size=80))
 def test_the_queue_never_holds_more_than_its_limit(sizes: list[int]) -> None:
-    queue, inside = Queue(limit=7), []
+    queue, inside = Queue(running=4, waiting=3), []
     for at, size in enumerate(sizes):
         try:
             queue.enter(size, float(at))

@@ -64,7 +64,7 @@ class Call:
             ApiError: 429 when the endpoint is full or the key has used its tokens; 400 when it can never fit.
         """
         now = self.governance.clock()
-        self.governance.queue.enter(answers, now, held=self.places)
+        self.governance.queue.enter(answers, now, self.key_id, held=self.places)
         self.places = max(self.places, answers)
         if self.quota is not None:
             self.quota.charge_prompt(prompt_tokens, now)

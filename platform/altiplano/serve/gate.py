@@ -89,7 +89,7 @@ class Gate:
             return
         quota = self._governance.quotas.of(call.key, now)
         if call.entry.metered:
-            self._governance.queue.enter(1, now)
+            self._governance.queue.enter(1, now, call.key_id)
             call.places = 1
         quota.enter(now)
         call.quota = quota
@@ -126,7 +126,7 @@ class Gate:
         call.ended = governance.clock()
         if call.quota is not None:
             call.quota.leave()
-        governance.queue.leave(call.places, call.ended)
+        governance.queue.leave(call.places, call.ended, call.key_id)
         if call.status == 429:
             governance.metrics.rejected.labels(call.error or "", call.key_id).inc()
         if call.gone is not None or not call.status:

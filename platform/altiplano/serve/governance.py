@@ -42,7 +42,7 @@ class Governance:
         return cls(
             endpoint.limits,
             KeyRing(KeyFile(Path(endpoint.api_keys_file))) if endpoint.api_keys_file is not None else None,
-            Queue(endpoint.max_num_seqs + endpoint.limits.max_queued_seqs),
+            Queue(endpoint.max_num_seqs, endpoint.limits.max_queued_seqs),
             Quotas(endpoint.limits),
             metrics,
             ledger,

@@ -1,7 +1,7 @@
 """How much one client may ask for: token buckets, the bounded queue, and the shape of a body. Time comes from outside."""
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,14 +122,20 @@ class Quota:
 
 
 class Queue:
-    """Answers that run or wait in this front end. Beyond `limit` nothing more is taken, so a wait stays bounded."""
+    """Answers in this front end: `running` that the engine computes together, and `waiting` more, so that a wait stays bounded.
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    A key may take waiting places only up to its share: all places divided by the keys that asked within the last minute. So one
+    busy client cannot keep the others out, alone it may use everything, and the engine never idles for fairness.
+    """
+
+    def __init__(self, running: int, waiting: int) -> None:
+        self.running, self.limit = running, running + waiting
         self.size = 0
+        self._held: Counter[str] = Counter()
+        self._asked: dict[str, float] = {}
         self._ends: deque[float] = deque(maxlen=64)
 
-    def enter(self, answers: int, now: float, held: int = 0) -> None:
+    def enter(self, answers: int, now: float, key_id: str = ANONYMOUS, held: int = 0) -> None:
         """Take places for `answers`, of which `held` are taken already.
 
         Raises:
@@ -137,15 +143,19 @@ class Queue:
         """
         if answers > self.limit:
             raise ApiError(400, f"the request asks for {answers} answers, and the endpoint holds {self.limit}: ask for fewer")
+        self._asked[key_id] = now
         more = max(0, answers - held)
-        if self.size + more > self.limit:
-            raise _too_many(
-                f"the endpoint is full ({self.size} answers run or wait)", self.retry_after(more, now), code="overloaded"
-            )
+        full = self.size + more > self.limit
+        if full or (self.size + more > self.running and self._held[key_id] + more > self._share(now)):
+            whose = f"{self.size} answers run or wait" if full else f"this key has its share, {self._held[key_id]} answers"
+            raise _too_many(f"the endpoint is busy ({whose})", self.retry_after(more, now), code="overloaded")
         self.size += more
+        self._held[key_id] += more
 
-    def leave(self, answers: int, now: float) -> None:
+    def leave(self, answers: int, now: float, key_id: str = ANONYMOUS) -> None:
+        """Give places back."""
         self.size -= answers
+        self._held[key_id] -= answers
         self._ends.extend([now] * answers)
 
     def retry_after(self, answers: int, now: float) -> float:
@@ -153,7 +163,11 @@ class Queue:
         if len(self._ends) < 2:
             return 1.0
         rate = len(self._ends) / max(now - self._ends[0], 1e-3)
-        return (self.size + answers - self.limit) / rate
+        return max(1, self.size + answers - self.limit) / rate
+
+    def _share(self, now: float) -> float:
+        self._asked = {key_id: at for key_id, at in self._asked.items() if now - at < 60 or self._held[key_id]}
+        return self.limit / max(1, len(self._asked))
 
 
 @dataclass
