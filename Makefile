@@ -8,7 +8,7 @@ export UV_FIND_LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS))
 TORCH_BACKEND := $(shell command -v nvidia-smi >/dev/null 2>&1 || test -n "$(UV_FIND_LINKS)" || echo --torch-backend=cpu)
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_BACKEND)
 
-.PHONY: demo test test-helm helm-tools test-slow lint bench clean
+.PHONY: demo test test-helm helm-tools crds test-slow lint bench clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/altiplano run pipelines/demo/pipeline.yaml
@@ -22,6 +22,10 @@ test-helm: $(VENV)/.dev helm-tools
 
 helm-tools: $(VENV)/.dev
 	bash tests/helm/fetch_tools.sh $(VENV)/tools
+
+# Upstream's CRD files, where a network is and shared/crds is not.
+crds: $(VENV)/.dev
+	$(BIN)/python tests/helm/fetch_crds.py $(VENV)/tools/crds
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow --timeout=900

@@ -1,12 +1,22 @@
 """The checkers themselves: each knows a wrong object when it sees one."""
 
 import copy
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import charts, crds, operator_rules
 from support.charts import Object
+
+
+def test_the_crd_files_are_upstreams(crd_folder: Path) -> None:
+    """Digests of the files as upstream published them: a changed copy would test something else."""
+    pinned = json.loads((Path(__file__).parent / "crds.json").read_text())
+    assert {path.relative_to(crd_folder).as_posix() for path in crd_folder.rglob("*.yaml")} == pinned.keys()
+    for name, source in pinned.items():
+        assert hashlib.sha256((crd_folder / name).read_bytes()).hexdigest() == source["sha256"], name
 
 
 @pytest.fixture(scope="module")

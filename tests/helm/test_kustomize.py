@@ -14,7 +14,12 @@ BUILDS: dict[str, Values] = {"base": {}} | {f"overlays/{name}": values for name,
 
 def test_the_files_are_what_the_chart_says(chart: Path, helm4: charts.Helm4) -> None:
     wanted = kustomize.files(helm4, chart)
-    found = {path.relative_to(kustomize.FOLDER).as_posix(): path.read_text() for name in ("base", "overlays") for path in (kustomize.FOLDER / name).rglob("*") if path.is_file()}
+    found = {
+        path.relative_to(kustomize.FOLDER).as_posix(): path.read_text()
+        for name in ("base", "overlays")
+        for path in (kustomize.FOLDER / name).rglob("*")
+        if path.is_file()
+    }
     assert found.keys() == wanted.keys(), "run `python tests/helm/render_k8s.py`"
     assert [path for path in wanted if wanted[path] != found[path]] == [], "run `python tests/helm/render_k8s.py`"
 
@@ -29,7 +34,9 @@ def test_kubectl_builds_the_same(folder: str) -> None:
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         pytest.skip("no kubectl: only our own reading of kustomize was tested")
-    done = subprocess.run([kubectl, "kustomize", str(kustomize.FOLDER / folder)], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [kubectl, "kustomize", str(kustomize.FOLDER / folder)], capture_output=True, text=True, timeout=60, check=True
+    )
     assert _sorted(list(yaml.load_all(done.stdout, yaml.CSafeLoader))) == _sorted(kustomize.build(kustomize.FOLDER / folder))
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import ray
 import yaml
-from altiplano.serve import cost, gpu_metrics
-from altiplano.serve.metrics import Labels, Metrics
 from support import charts, pods
 from support.charts import ROOT, Object
 from support.matrix import MATRIX
+
+from altiplano.serve import cost, gpu_metrics
+from altiplano.serve.metrics import Labels, Metrics
 
 METRIC = re.compile(r"\b((?:altiplano|ray|kube)_[a-z0-9_]+)\b(?=\s*[{\[,)]|$|\s)")
 # kube-state-metrics, by its documentation: https://github.com/kubernetes/kube-state-metrics/blob/main/docs/metrics/workload/cronjob-metrics.md
@@ -45,15 +46,21 @@ def promtool() -> str:
     return found
 
 
-def test_alerts_fire_and_are_silent_as_told(objects: list[Object], rules: list[dict[str, Any]], promtool: str, tmp_path: Path) -> None:
+def test_alerts_fire_and_are_silent_as_told(
+    objects: list[Object], rules: list[dict[str, Any]], promtool: str, tmp_path: Path
+) -> None:
     (resource,) = charts.of_kind(objects, "PrometheusRule")
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(resource["spec"]))
     stories = (Path(__file__).parent / "alerts.yaml").read_text()
-    (tmp_path / "alerts.yaml").write_text(stories.replace("RUNBOOKS", "https://github.com/altiplano/altiplano/blob/main/docs/runbooks"))
+    (tmp_path / "alerts.yaml").write_text(
+        stories.replace("RUNBOOKS", "https://github.com/altiplano/altiplano/blob/main/docs/runbooks")
+    )
     for command in (["check", "rules", "rules.yaml"], ["test", "rules", "alerts.yaml"]):
         done = subprocess.run([promtool, *command], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-    fired = {test["alertname"] for story in yaml.safe_load(stories)["tests"] for test in story["alert_rule_test"] if test["exp_alerts"]}
+    fired = {
+        test["alertname"] for story in yaml.safe_load(stories)["tests"] for test in story["alert_rule_test"] if test["exp_alerts"]
+    }
     assert fired == {rule["alert"] for rule in rules}, "every alert fires in a story"
 
 
@@ -81,11 +88,21 @@ def _exported() -> set[str]:
 def _of_ray() -> set[str]:
     """Names that Ray's own dashboards use: what this Ray exports."""
     folder = Path(ray.__file__).parent / "dashboard" / "modules" / "metrics" / "dashboards"
-    return {name for path in folder.iterdir() if path.suffix in (".py", ".json") for name in re.findall(r"ray_[a-z0-9_]+", path.read_text())}
+    return {
+        name
+        for path in folder.iterdir()
+        if path.suffix in (".py", ".json")
+        for name in re.findall(r"ray_[a-z0-9_]+", path.read_text())
+    }
 
 
 def test_only_metrics_that_exist_are_used(objects: list[Object], rules: list[dict[str, Any]]) -> None:
-    dashboards = [json.loads(text) for o in charts.of_kind(objects, "ConfigMap") if "dashboard" in o["metadata"]["name"] for text in o["data"].values()]
+    dashboards = [
+        json.loads(text)
+        for o in charts.of_kind(objects, "ConfigMap")
+        if "dashboard" in o["metadata"]["name"]
+        for text in o["data"].values()
+    ]
     assert len(dashboards) == 4
     expressions = [rule["expr"] for rule in rules]
     expressions += [target["expr"] for dashboard in dashboards for panel in dashboard["panels"] for target in panel["targets"]]
@@ -118,7 +135,9 @@ def test_dashboards_are_valid_promql(objects: list[Object], promtool: str, tmp_p
                 expression = target["expr"].replace("$__rate_interval", "5m").replace("$namespace", "llamas")
                 recorded.append({"record": f"panel:{len(recorded)}", "expr": expression})
     (tmp_path / "panels.yaml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": recorded}]}))
-    done = subprocess.run([promtool, "check", "rules", "panels.yaml"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [promtool, "check", "rules", "panels.yaml"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -127,6 +146,11 @@ def test_pod_monitors_find_ports(objects: list[Object]) -> None:
     for monitor in charts.of_kind(objects, "PodMonitor"):
         assert monitor["metadata"]["labels"]["release"] == "kube-prometheus-stack"
         selector = monitor["spec"]["selector"]
-        chosen = [pod for pod in made if selector["matchLabels"].items() <= pod["metadata"]["labels"].items() and "ray.io/node-type" in pod["metadata"]["labels"]]
+        chosen = [
+            pod
+            for pod in made
+            if selector["matchLabels"].items() <= pod["metadata"]["labels"].items()
+            and "ray.io/node-type" in pod["metadata"]["labels"]
+        ]
         ports = {port["name"] for pod in chosen for container in pods.containers(pod) for port in container["ports"]}
         assert {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]} <= ports

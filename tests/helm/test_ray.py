@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import ray
 import yaml
-from altiplano.serve.deployment import Endpoint
-from altiplano.serve.settings import ServeSettings
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
@@ -21,8 +19,12 @@ from support import charts, crds, pods
 from support.charts import ROOT, Object
 from support.matrix import MATRIX
 
+from altiplano import spec
+from altiplano.serve.deployment import Endpoint
+from altiplano.serve.settings import ServeSettings
+
 # What the chart passes beside the settings of the engine.
-ARGUMENTS = {"model", "served_model_name", "api_keys_file"}
+ARGUMENTS = {"model", "api_keys_file", "usd_per_hour", "otlp_endpoint"}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,9 @@ def objects(chart: Path, helm4: charts.Helm4) -> list[Object]:
 
 
 def _serve_config(chart: Path, helm4: charts.Helm4, values: charts.Values) -> dict[str, Any]:
-    config: dict[str, Any] = yaml.safe_load(charts.of_kind(helm4.template(chart, values), "RayService")[0]["spec"]["serveConfigV2"])
+    config: dict[str, Any] = yaml.safe_load(
+        charts.of_kind(helm4.template(chart, values), "RayService")[0]["spec"]["serveConfigV2"]
+    )
     return config
 
 
@@ -44,7 +48,11 @@ def test_the_autoscaler_reads_the_jobs_cluster(objects: list[Object], crd_folder
     assert types["training"]["resources"] == {"CPU": 8, "GPU": 1, "memory": 32 * gigabyte, "training": 1}
     assert types["preprocessing"]["resources"] == {"CPU": 4, "memory": 16 * gigabyte, "preprocessing": 1}
     assert types["inference"]["resources"] == {"CPU": 4, "GPU": 1, "memory": 16 * gigabyte, "inference": 1}
-    assert [(types[name]["min_workers"], types[name]["max_workers"]) for name in ("training", "preprocessing", "inference")] == [(0, 4), (0, 4), (0, 2)]
+    assert [(types[name]["min_workers"], types[name]["max_workers"]) for name in ("training", "preprocessing", "inference")] == [
+        (0, 4),
+        (0, 4),
+        (0, 2),
+    ]
 
 
 def test_the_autoscaler_reads_what_users_add(chart: Path, helm4: charts.Helm4, crd_folder: Path) -> None:
@@ -85,19 +93,27 @@ def test_the_engines_arguments_are_its_settings(chart: Path, helm4: charts.Helm4
     settings = {field.name for field in dataclasses.fields(ServeSettings)}
     schema = json.loads((chart / "values.schema.json").read_text())
     assert set(schema["properties"]["endpoint"]["properties"]["engine"]["properties"]) <= settings
-    (application,) = _serve_config(chart, helm4, {})["applications"]
-    assert application["args"].keys() - settings <= ARGUMENTS
+    (application,) = _serve_config(chart, helm4, {"endpoint": {"usdPerHour": 2.5, "otlpEndpoint": "http://collector:4318"}})[
+        "applications"
+    ]
+    assert application["args"].keys() - settings == ARGUMENTS
+    assert ARGUMENTS - {"model"} <= spec.Serve.model_fields.keys()
 
 
 def test_adapters_change_without_a_restart(chart: Path, helm4: charts.Helm4) -> None:
     """KubeRay rolls the cluster when rayClusterConfig changes, Serve rolls replicas when arguments do: user_config does neither."""
-    before, after = (charts.of_kind(helm4.template(chart, values), "RayService")[0]["spec"] for values in ({}, MATRIX["adapters"]))
+    before, after = (
+        charts.of_kind(helm4.template(chart, values), "RayService")[0]["spec"] for values in ({}, MATRIX["adapters"])
+    )
     assert before["rayClusterConfig"] == after["rayClusterConfig"]
     old, new = (yaml.safe_load(spec["serveConfigV2"])["applications"][0] for spec in (before, after))
-    assert old["args"] == new["args"]
-    assert new["deployments"][0].pop("user_config") == {"adapters": {"orders-7": "/workspace/adapters/orders-7"}, "aliases": {"champion": "orders-7"}}
+    assert old["args"] == {k: v for k, v in new["args"].items() if k not in ("usd_per_hour", "otlp_endpoint")}
+    assert new["deployments"][0].pop("user_config") == {
+        "adapters": {"orders-7": "/workspace/adapters/orders-7"},
+        "aliases": {"champion": "orders-7"},
+    }
     assert old["deployments"][0].pop("user_config") == {"adapters": {}, "aliases": {}}
-    assert old == new
+    assert old | {"args": {}} == new | {"args": {}}
 
 
 def test_a_replica_finds_room_on_a_worker(chart: Path, helm4: charts.Helm4, crd_folder: Path) -> None:
@@ -114,9 +130,14 @@ def test_a_replica_finds_room_on_a_worker(chart: Path, helm4: charts.Helm4, crd_
 
 
 def test_one_ray_everywhere(objects: list[Object]) -> None:
-    versions = {charts.ray_cluster(objects)["spec"]["rayVersion"], charts.of_kind(objects, "RayService")[0]["spec"]["rayClusterConfig"]["rayVersion"]}
+    versions = {
+        charts.ray_cluster(objects)["spec"]["rayVersion"],
+        charts.of_kind(objects, "RayService")[0]["spec"]["rayClusterConfig"]["rayVersion"],
+    }
     dockerfile = (ROOT / "Dockerfile").read_text()
-    versions |= set(re.findall(r"^ARG RAY_VERSION=(\S+)$", dockerfile, re.MULTILINE))
+    in_image = set(re.findall(r"^ARG RAY_VERSION=(\S+)$", dockerfile, re.MULTILINE))
+    assert len(in_image) == 1
+    versions |= in_image
     (version,) = versions
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (wanted,) = [d for d in project["dependencies"] if d.startswith("ray[")]
@@ -128,5 +149,7 @@ def test_one_version_of_ours_everywhere(chart: Path, objects: list[Object]) -> N
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     metadata = yaml.safe_load((chart / "Chart.yaml").read_text())
     assert project["version"] == metadata["version"] == metadata["appVersion"]
-    images = {container["image"] for pod in pods.pods([*objects, charts.ray_cluster(objects)]) for container in pods.containers(pod)}
+    images = {
+        container["image"] for pod in pods.pods([*objects, charts.ray_cluster(objects)]) for container in pods.containers(pod)
+    }
     assert f"altiplano:{project['version']}" in images

@@ -18,6 +18,12 @@ applications:
       {{- if $values.apiKeys }}
       api_keys_file: /etc/altiplano/keys/api-keys.json
       {{- end }}
+      {{- if not (kindIs "invalid" $values.usdPerHour) }}
+      usd_per_hour: {{ $values.usdPerHour }}
+      {{- end }}
+      {{- with $values.otlpEndpoint }}
+      otlp_endpoint: {{ . }}
+      {{- end }}
       {{- with $values.engine }}
       {{- toYaml . | nindent 6 }}
       {{- end }}

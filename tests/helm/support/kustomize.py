@@ -15,7 +15,11 @@ NAME = NAMESPACE = "altiplano"
 PLAIN: Values = {"rayCluster": {"apply": "helm"}, "helmTest": {"enabled": False}, "preflight": False}
 OVERLAYS: dict[str, Values] = {
     # Grafana imports the dashboards' files; a second copy of them here would only age.
-    "gpu": merged(values_file("values-gpu.yaml"), MONITORING, {"backup": {"enabled": True}, "monitoring": {"dashboards": {"enabled": False}}}),
+    "gpu": merged(
+        values_file("values-gpu.yaml"),
+        MONITORING,
+        {"backup": {"enabled": True}, "monitoring": {"dashboards": {"enabled": False}}},
+    ),
     "cpu-trial": values_file("values-cpu-trial.yaml"),
 }
 Files = dict[str, str]
@@ -28,7 +32,9 @@ def files(helm: Helm4, chart: Path) -> Files:
     for manifest in base:
         name = _component_file(manifest)
         written[f"base/{name}"] = written.get(f"base/{name}", "") + "---\n" + _yaml(manifest)
-    written["base/kustomization.yaml"] = _kustomization(resources=sorted(path.removeprefix("base/") for path in written), namespace=NAMESPACE)
+    written["base/kustomization.yaml"] = _kustomization(
+        resources=sorted(path.removeprefix("base/") for path in written), namespace=NAMESPACE
+    )
     for overlay, values in OVERLAYS.items():
         written |= _overlay(overlay, base, _objects(helm, chart, values))
     return written
@@ -67,7 +73,11 @@ def _without_helm(manifest: Any) -> Any:
     """No labels that only a release has."""
     if isinstance(manifest, dict):
         drop = ("helm.sh/chart", "helm.sh/resource-policy")
-        kept = {k: _without_helm(v) for k, v in manifest.items() if k not in drop and (k, v) != ("app.kubernetes.io/managed-by", "Helm")}
+        kept = {
+            k: _without_helm(v)
+            for k, v in manifest.items()
+            if k not in drop and (k, v) != ("app.kubernetes.io/managed-by", "Helm")
+        }
         if "metadata" in kept and kept["metadata"].get("annotations") == {}:
             del kept["metadata"]["annotations"]
         if "metadata" in kept and kept["metadata"].get("namespace") == "llamas":
@@ -91,7 +101,12 @@ def _overlay(overlay: str, base: list[Object], wanted: list[Object]) -> Files:
         file = f"patches/{key[0].lower()}-{key[1]}.yaml"
         if key not in after:
             gone = before[key]
-            deletion = {"apiVersion": gone["apiVersion"], "kind": gone["kind"], "metadata": {"name": key[1], "namespace": NAMESPACE}, "$patch": "delete"}
+            deletion = {
+                "apiVersion": gone["apiVersion"],
+                "kind": gone["kind"],
+                "metadata": {"name": key[1], "namespace": NAMESPACE},
+                "$patch": "delete",
+            }
             written[f"overlays/{overlay}/{file}"] = _yaml(deletion)
         elif operations := _difference(before[key], after[key], ""):
             written[f"overlays/{overlay}/{file}"] = _yaml(operations)
@@ -107,7 +122,9 @@ def _difference(before: Any, after: Any, path: str) -> list[Object]:
     if before == after:
         return []
     if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        return [operation for index in range(len(after)) for operation in _difference(before[index], after[index], f"{path}/{index}")]
+        return [
+            operation for index in range(len(after)) for operation in _difference(before[index], after[index], f"{path}/{index}")
+        ]
     if not (isinstance(before, dict) and isinstance(after, dict)):
         return [{"op": "replace", "path": path, "value": after}]
     operations: list[Object] = []
@@ -144,7 +161,16 @@ def _kustomization(**fields: Any) -> str:
 
 def _component_file(manifest: Object) -> str:
     kind = manifest["kind"]
-    if kind in ("RayCluster", "RayService", "NetworkPolicy", "ServiceAccount", "PersistentVolumeClaim", "PodDisruptionBudget", "PodMonitor", "PrometheusRule"):
+    if kind in (
+        "RayCluster",
+        "RayService",
+        "NetworkPolicy",
+        "ServiceAccount",
+        "PersistentVolumeClaim",
+        "PodDisruptionBudget",
+        "PodMonitor",
+        "PrometheusRule",
+    ):
         return f"{kind.lower()}.yaml"
     return f"{manifest['metadata']['labels']['app.kubernetes.io/component']}.yaml"
 

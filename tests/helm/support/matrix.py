@@ -121,7 +121,14 @@ MATRIX: dict[str, Values] = {
             "extraSpec": {"headServiceAnnotations": {"team": "llamas"}},
         }
     },
-    "adapters": {"endpoint": {"adapters": {"orders-7": "/workspace/adapters/orders-7"}, "aliases": {"champion": "orders-7"}}},
+    "adapters": {
+        "endpoint": {
+            "usdPerHour": 3.5,
+            "otlpEndpoint": "http://collector:4318",
+            "adapters": {"orders-7": "/workspace/adapters/orders-7"},
+            "aliases": {"champion": "orders-7"},
+        }
+    },
     "long-name": {"fullnameOverride": "a-name-that-is-as-long-as-we-take"},
     "extra": {
         "extraObjects": [
