@@ -14,6 +14,7 @@ from altiplano.engine.masks import forbid
 
 from .conftest import VOCAB
 
+VOCAB_TOP = 5
 STRUCTURED = SamplingParams(max_tokens=6, temperature=0.0, structured=True)
 
 
@@ -73,12 +74,17 @@ def test_a_blocked_engine_says_so_and_an_end_token_ends(llama: tuple[Path, Llama
 
 
 def test_prompt_log_probabilities_come_with_the_first_token(llama: tuple[Path, LlamaForCausalLM]) -> None:
-    engine = create_engine(EngineConfig(llama[0], max_model_len=32, block_size=4, num_blocks=16))
+    """In chunks of two tokens, as long prompts are computed."""
+    engine = create_engine(EngineConfig(llama[0], max_model_len=32, block_size=4, num_blocks=16, max_num_batched_tokens=2))
     expected = engine.score([[5, 6, 7, 8]])[0]
-    engine.add_request("p", [5, 6, 7, 8], SamplingParams(max_tokens=2, prompt_logprobs=True, ignore_eos=True))
+    engine.add_request("p", [5, 6, 7, 8], SamplingParams(max_tokens=2, prompt_logprobs=True, logprobs=VOCAB_TOP, ignore_eos=True))
+    assert engine.step() == []
     first, second = engine.step()[0], engine.step()[0]
     assert list(first.prompt_logprobs) == pytest.approx(expected)
-    assert second.prompt_logprobs == ()
+    likely = llama[1](torch.tensor([[5, 6, 7, 8]])).logits[0].log_softmax(-1).topk(VOCAB_TOP)
+    assert [[i for i, _ in row] for row in first.prompt_top] == likely.indices[:3].tolist()
+    assert [p for row in first.prompt_top for _, p in row] == pytest.approx(likely.values[:3].flatten().tolist(), abs=1e-4)
+    assert second.prompt_logprobs == second.prompt_top == ()
 
 
 @pytest.mark.parametrize("wrong", [{"min_tokens": 2}, {"ignore_eos": True}])

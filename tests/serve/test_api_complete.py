@@ -37,6 +37,10 @@ def test_echo_gives_the_prompt_back_with_its_log_probabilities(client: OpenAI) -
     ] == found.tokens[1:]
     assert all(p <= 0 for p in found.token_logprobs[1:])
     assert len(found.token_logprobs) == echoed.usage.total_tokens
+    assert all(
+        len(top) == 2 and max(top.values()) >= p
+        for top, p in list(zip(found.top_logprobs, found.token_logprobs, strict=True))[1:]
+    )
 
 
 def test_a_prompt_can_be_scored_without_an_answer(client: OpenAI, server: Server) -> None:
@@ -45,6 +49,16 @@ def test_a_prompt_can_be_scored_without_an_answer(client: OpenAI, server: Server
     again = complete(client, prompt=[5, 60, 70, 80], echo=True, logprobs=1, max_tokens=3)
     assert again.choices[0].logprobs.token_logprobs[:4] == pytest.approx(scored.choices[0].logprobs.token_logprobs, abs=1e-4)
     assert complete(client, max_tokens=0).choices[0].text == ""
+
+
+def test_an_answer_that_ends_at_once_still_scores_its_prompt(client: OpenAI, server: Server) -> None:
+    ends = {str(token): 100 for token in server.generator.client.eos_token_ids}
+    found = complete(client, echo=True, logprobs=1, logit_bias=ends).choices[0]
+    assert (
+        found.finish_reason == "stop"
+        and found.text == "A note"
+        and len(found.logprobs.tokens) == len(found.logprobs.token_logprobs) > 1
+    )
 
 
 def test_an_echoed_stream_says_what_the_whole_answer_says(client: OpenAI) -> None:

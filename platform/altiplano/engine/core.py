@@ -27,6 +27,7 @@ class TokenOutput:
     finish_reason: str | None = None  # stop, length or abort
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[float, ...] = ()  # of prompt tokens 1, 2, …; with the first output, when they were asked for
+    prompt_top: tuple[tuple[tuple[int, float], ...], ...] = ()  # the most likely tokens there
     queue_seconds: float | None = None  # from arrival to the first step; with the first output
 
 
@@ -149,6 +150,7 @@ class Engine:
         for chunk, drawn in zip(plan.chunks, results, strict=True):
             request = self._requests[chunk.request_id]
             request.prompt_logprobs += drawn.prompt_logprobs
+            request.prompt_top += drawn.prompt_top
             self._scheduler.advance(request, chunk, drawn.token)
             if drawn.token is not None:
                 request.allowed = None
@@ -264,7 +266,9 @@ class Engine:
         found, cached = (request.request_id, token, drawn.logprob, drawn.top, reason), request.num_cached_tokens
         if request.num_generated > 1 or request.admitted is None:
             return TokenOutput(*found, cached)
-        return TokenOutput(*found, cached, tuple(request.prompt_logprobs), request.admitted - request.arrived)
+        return TokenOutput(
+            *found, cached, tuple(request.prompt_logprobs), tuple(request.prompt_top), request.admitted - request.arrived
+        )
 
     def _ends(self, params: SamplingParams, token: int) -> bool:
         return token in params.stop_token_ids or (not params.ignore_eos and token in self.runner.eos_token_ids)

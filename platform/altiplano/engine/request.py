@@ -42,6 +42,7 @@ class Request:
     pages: list[int] = field(default_factory=list)
     slot: int | None = None
     prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     finish_reason: str | None = None
     arrived: float = 0.0  # seconds of time.perf_counter
     admitted: float | None = None  # for the first time

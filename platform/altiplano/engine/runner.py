@@ -12,13 +12,15 @@ class Drawn:
     """The result of one chunk: the token (None when the chunk does not reach the last known one) and what was asked about it.
 
     `logprob` and `top` (token id, log-probability) describe the model's own distribution, before temperature and filters.
-    `prompt_logprobs` are those of the tokens after each position of the chunk that lies inside the prompt.
+    `prompt_logprobs` are those of the tokens after each position of the chunk that lies inside the prompt, `prompt_top` the most
+    likely tokens there.
     """
 
     token: int | None = None
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     prompt_logprobs: tuple[float, ...] = ()
+    prompt_top: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 class Runner(Protocol):

@@ -181,6 +181,7 @@ class Scheduler:
         self._give_up(request)
         request.state, request.num_computed = State.WAITING, 0
         request.prompt_logprobs.clear()
+        request.prompt_top.clear()
         self.num_preemptions += 1
         self.add(request)
 

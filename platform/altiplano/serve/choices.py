@@ -80,8 +80,7 @@ class CompletionChoice:
         """The piece in the shape of a stream; None when it shows nothing."""
         text, parts = piece.text, []
         if self._logprobs is not None and self._echo:
-            known = next((token.prompt_logprobs for token in piece.tokens), ())
-            parts.append(self._logprobs.prompt(self._prompt, known))
+            parts.append(self._logprobs.prompt(self._prompt, piece.news))
         if self._logprobs is not None:
             parts.append(self._logprobs.answer(piece.tokens))
         if self._echo:

@@ -150,6 +150,7 @@ def _token(output: TokenOutput) -> m.Token:
         output.top_logprobs,
         output.num_cached_tokens,
         output.prompt_logprobs,
+        output.prompt_top,
     )
 
 

@@ -25,12 +25,13 @@ LONG_TEXT = 8192  # characters; longer ones are divided into tokens beside the e
 
 @dataclass
 class Piece:
-    """New text of one answer, with the tokens behind it; `finish_reason` with the last."""
+    """New text of one answer, with the tokens behind it (none when an end token is hidden); `news` is what the engine said."""
 
     index: int
     text: str
     tokens: list[m.Token]
-    finish_reason: str | None = None
+    finish_reason: str | None
+    news: m.Token
 
 
 @dataclass
@@ -238,7 +239,7 @@ class Generator:
                 fresh = text.push(token.token_id) if token.token_id is not None and not ends else ""
                 reason = "stop" if text.stopped else token.finish_reason
                 fresh += text.finish() if reason is not None else ""
-                out.put_nowait(Piece(index, fresh, [] if ends else [token], reason))
+                out.put_nowait(Piece(index, fresh, [] if ends else [token], reason, token))
                 if reason is not None:
                     return
         except Exception as error:

@@ -33,10 +33,10 @@ class CompletionLogprobs:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
-    def prompt(self, token_ids: Sequence[int], logprobs: Sequence[float]) -> dict[str, Any]:
-        """Of an echoed prompt; its first token follows nothing, so it has none. The engine keeps no alternatives here: each token
-        stands alone among the top."""
-        return self._body(token_ids, [None, *logprobs], [None, *({i: p} for i, p in zip(token_ids[1:], logprobs, strict=True))])
+    def prompt(self, token_ids: Sequence[int], news: m.Token) -> dict[str, Any]:
+        """Of an echoed prompt, from the first news of its answer. The first token follows nothing, so it has none."""
+        top = news.prompt_top or ((),) * (len(token_ids) - 1)
+        return self._body(token_ids, [None, *news.prompt_logprobs], [None, *map(dict, top)])
 
     def answer(self, tokens: Sequence[m.Token]) -> dict[str, Any]:
         """Of drawn tokens."""

@@ -81,6 +81,7 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
     top: tuple[tuple[int, float], ...] = ()
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[float, ...] = ()
+    prompt_top: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 class Step(msgspec.Struct, frozen=True, tag="step", omit_defaults=True):

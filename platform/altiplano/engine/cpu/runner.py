@@ -9,6 +9,7 @@ from altiplano.engine.config import EngineConfig, read_config
 from altiplano.engine.cpu.model import Batch, Llama
 from altiplano.engine.errors import AdapterError
 from altiplano.engine.masks import forbid
+from altiplano.engine.prompt_scores import with_prompt
 from altiplano.engine.runner import Drawn
 from altiplano.engine.scheduler import Chunk, StepPlan
 from altiplano.engine.weights import load_weights, random_weights
@@ -62,7 +63,7 @@ class CpuRunner:
         for i, chunk in enumerate(chunks):
             if chunk.params.prompt_logprobs and chunk.generated == 0:
                 rows = hidden[int(ends[i]) - len(chunk.tokens) : int(ends[i])]
-                drawn[i] = _with_prompt(drawn[i], chunk, self._llama.logits(rows))
+                drawn[i] = with_prompt(drawn[i], chunk, self._llama.logits(rows))
         return [drawn[order.index(i)] for i in range(len(chunks))]
 
     def _batch(self, chunks: list[Chunk]) -> Batch:
@@ -155,11 +156,3 @@ def _report(chunk: Chunk, token: int, logprobs: torch.Tensor) -> Drawn:
         return Drawn(token)
     values, ids = logprobs.topk(chunk.params.logprobs)
     return Drawn(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
-
-
-def _with_prompt(drawn: Drawn, chunk: Chunk, logits: torch.Tensor) -> Drawn:
-    """Add the log-probability of the known token after each token of the chunk."""
-    targets = torch.tensor(chunk.next_tokens)
-    rows = logits[: len(targets)].log_softmax(-1)
-    values = rows[torch.arange(len(targets)), targets].tolist()
-    return Drawn(drawn.token, drawn.logprob, drawn.top, tuple(values))

@@ -47,13 +47,6 @@ def draw(chunks: Sequence[Chunk], logits: torch.Tensor, eos: tuple[int, ...]) ->
     return [_report(chunk, token, logprobs[row]) for row, (chunk, token) in enumerate(zip(chunks, chosen, strict=True))]
 
 
-def prompt_logprobs(chunk: Chunk, logits: torch.Tensor) -> tuple[float, ...]:
-    """Log-probability of the known token after each token of the chunk; logits: float32 [tokens, vocab]."""
-    targets = torch.tensor(chunk.next_tokens, dtype=torch.int64, device=logits.device)
-    rows = logits[: len(targets)].log_softmax(-1)
-    return tuple(rows.gather(1, targets[:, None])[:, 0].tolist())
-
-
 def _process(chunks: Sequence[Chunk], logits: torch.Tensor, eos: tuple[int, ...]) -> torch.Tensor:
     """Penalties, bias and the ban of end tokens before min_tokens; the logits themselves when nobody asks."""
     if not any(c.params.penalized or c.params.logit_bias or c.allowed or c.generated < c.params.min_tokens for c in chunks):

@@ -16,6 +16,7 @@ from altiplano.engine.cuda.model import CudaLlama, Groups
 from altiplano.engine.cuda.quantized import BITS, PackedWeights, pack_weights
 from altiplano.engine.cuda.slots import SlotTable
 from altiplano.engine.errors import AdapterError, EngineError
+from altiplano.engine.prompt_scores import with_prompt
 from altiplano.engine.runner import Drawn
 from altiplano.engine.scheduler import Chunk, StepPlan
 from altiplano.engine.weights import Weights, load_weights, random_weights
@@ -160,8 +161,7 @@ class CudaRunner:
                 drawn[i] = result
         for i, chunk in enumerate(chunks):
             if chunk.params.prompt_logprobs and chunk.generated == 0:
-                found = drawing.prompt_logprobs(chunk, self._logits(hidden[ends[i] - len(chunk.tokens) : ends[i]]))
-                drawn[i] = Drawn(drawn[i].token, drawn[i].logprob, drawn[i].top, found)
+                drawn[i] = with_prompt(drawn[i], chunk, self._logits(hidden[ends[i] - len(chunk.tokens) : ends[i]]))
         return drawn
 
     @torch.inference_mode()
