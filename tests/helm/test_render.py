@@ -123,11 +123,18 @@ def test_the_package_holds_what_the_folder_holds(chart: Path, tmp_path: Path) ->
     assert not any(name.startswith("crds/") for name in packed), "the chart must not own KubeRay's kinds"
 
 
-def test_the_last_releases_values_still_render(chart: Path, helm4: charts.Helm4) -> None:
-    """A user's old values file has fewer keys than ours: none of ours may be required of it."""
-    required = [key for key in yaml.safe_load((chart / "values.yaml").read_text())]
-    for key in required:
-        helm4.template(chart, {key: {}} if isinstance(yaml.safe_load((chart / "values.yaml").read_text())[key], dict) else {})
+@pytest.mark.parametrize("file", sorted((Path(__file__).parent / "previous").glob("*.yaml")), ids=lambda path: path.stem)
+def test_values_of_former_releases_still_render(chart: Path, helm4: charts.Helm4, file: Path) -> None:
+    """Users keep their files: a key that was there once is not taken away, and a new one has a default."""
+    assert charts.of_kind(helm4.template(chart, yaml.safe_load(file.read_text())), "RayService")
+
+
+def test_sections_may_be_empty(chart: Path, helm4: charts.Helm4) -> None:
+    values = yaml.safe_load((chart / "values.yaml").read_text())
+    wanted = helm4.template(chart, {})
+    for name, section in values.items():
+        if isinstance(section, dict):
+            assert helm4.template(chart, {name: {}}) == wanted, name
 
 
 def test_notes_say_what_to_do_next(chart: Path, helm4: charts.Helm4) -> None:

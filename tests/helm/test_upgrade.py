@@ -246,5 +246,5 @@ def test_a_cluster_that_never_rests_ends_with_advice(cluster: Cluster) -> None:
 
 
 def test_a_cluster_without_kuberay_ends_with_advice(cluster: Cluster) -> None:
-    with pytest.raises(SCRIPT["ApplyError"], match="install KubeRay 1.5.1 or newer"):
+    with pytest.raises(SCRIPT["ApplyError"], match=r"install KubeRay 1\.5\.1 or newer"):
         SCRIPT["apply"](SCRIPT["Api"](cluster.url + "/nowhere", "", None), _wanted(), JOBS)
