@@ -1,19 +1,22 @@
 """Arrivals, formulas and pictures of the benchmark: pure functions with known answers."""
 
+import json
 import math
 import random
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from altiplano.client.bench.arrivals import RampUp, ramp, schedule
 from altiplano.client.bench.charts import Axis, Line, line_chart
+from altiplano.client.bench.comparison import comparison, read_result
 from altiplano.client.bench.load import Record, Run
 from altiplano.client.bench.metrics import concurrency_over_time, parse_goodput, summary, tokens_over_time
 from altiplano.client.bench.plan import Arrivals, Plan
@@ -37,6 +40,7 @@ def record(scheduled: float, started: float, pieces: list[float], tokens: int | 
     )
 
 
+@settings(deadline=None)
 @given(st.integers(1, 400), st.floats(0.1, 1000), st.floats(0.1, 20), st.integers(0, 99))
 def test_arrivals_have_the_asked_rate_and_repeat_by_seed(count: int, rate: float, burstiness: float, seed: int) -> None:
     times = schedule(count, rate, burstiness, random.Random(seed))
@@ -64,6 +68,7 @@ def test_an_infinite_rate_and_a_ramp() -> None:
             wrong.draw(3, random.Random(0))
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=60), st.floats(0, 100))
 def test_percentiles_are_numpys(values: list[float], p: float) -> None:
     assert percentile(sorted(values), p) == pytest.approx(np.percentile(values, p), rel=1e-9, abs=1e-9)
@@ -130,6 +135,7 @@ def test_the_median_run_stands_for_all_and_the_spread_is_told() -> None:
     assert details(runs[2].records)["ttfts"] == [2.0] and details(runs[2].records)["itls"] == [[]]
 
 
+@settings(deadline=None)
 @given(st.floats(1e-6, 1e9))
 def test_ticks_are_round_and_few(high: float) -> None:
     ticks = Axis("x", 0.0, high).ticks()
@@ -171,3 +177,34 @@ def test_the_report_is_one_file_that_asks_for_nothing() -> None:
     # One dot per answered request in each of the two clouds.
     assert names.count("circle") == 60
     assert "ttft ≤ 60 ms" in html and "&lt;cria&gt;" in html
+
+
+def test_results_side_by_side(tmp_path: Path) -> None:
+    def one(label: str | None, rate: float | str, throughput: float) -> dict[str, Any]:
+        latencies = {f"{s}_{m}_ms": throughput / 10 for s in ("median", "p99") for m in ("ttft", "tpot")}
+        return {
+            "label": label,
+            "backend": "vllm",
+            "model_id": "m",
+            "request_rate": rate,
+            "output_throughput": throughput,
+        } | latencies
+
+    named = [("a1", one("ours", 1.0, 10.0)), ("a2", one("ours", 2.0, 20.0)), ("v", one(None, "inf", 15.0))]
+    html = comparison(named)
+    parsed = _Page()
+    parsed.feed(html)
+    tags = [tag for tag, _ in parsed.tags]
+    # Nobody asked for goodput, so four curves; each has a dot for each of three results.
+    assert tags.count("svg") == 4 and tags.count("circle") == 12 and tags.count("tr") == 4
+    assert "ours against vllm m" in html and not any("src" in attributes or "href" in attributes for _, attributes in parsed.tags)
+    good = comparison([(name, found | {"request_goodput": 1.0}) for name, found in named])
+    assert good.count("<svg") == 5
+    with pytest.raises(ValueError, match="fewer files"):
+        comparison([(str(i), one(str(i), 1.0, 1.0)) for i in range(7)])
+    for text in ("{", "[]", '{"x": 1}'):
+        (tmp_path / "r.json").write_text(text)
+        with pytest.raises(ValueError, match=r"r\.json is no"):
+            read_result(tmp_path / "r.json")
+    (tmp_path / "r.json").write_text(json.dumps(named[0][1]))
+    assert read_result(tmp_path / "r.json") == named[0][1]

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from altiplano.client import Backoff, Endpoint, EndpointGoneError, RefusedError, Sender
@@ -121,6 +121,7 @@ def test_retry_after_is_a_number_or_a_date(value: str, seconds: float | None) ->
     assert retry_after(httpx.Headers({"retry-after": value}), NOW) == seconds
 
 
+@settings(deadline=None)
 @given(st.integers(0, 60), st.floats(0, 1, exclude_max=True))
 def test_a_wait_stays_between_half_and_all_of_its_bound(attempt: int, draw: float) -> None:
     bound = min(30.0, 0.5 * 2**attempt)

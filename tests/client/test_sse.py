@@ -1,6 +1,6 @@
 """Events come whole out of bytes in any pieces."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from altiplano.client.sse import EventParser
@@ -9,6 +9,7 @@ STREAM = ': ping\n\ndata: {"a": "é"}\n\nevent: x\nid: 3\ndata:one\ndata: two\n\
 EVENTS = ['{"a": "é"}'.encode(), b"one\ntwo", b"[DONE]"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, len(STREAM) + 6), max_size=12), st.sampled_from([b"\n", b"\r\n", b"\r"]))
 def test_any_cut_and_any_line_end_give_the_same_events(cuts: list[int], line_end: bytes) -> None:
     # A comment afterwards: a lone CR at the end may be half of a CRLF until the next byte has come.

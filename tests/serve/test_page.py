@@ -26,16 +26,6 @@ needs_browser = pytest.mark.skipif(
 NOTE = "Priya wants 3 melon pies at 14 Elm Street on Friday. Where?"
 QUIET = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
 
-# Every piece of text that lands in a column, in order.
-RECORD = """() => {
-  window.pieces = [];
-  const columns = [...document.querySelectorAll(".talk")];
-  for (const [index, column] of columns.entries()) {
-    new MutationObserver((changes) => window.pieces.push(...changes.filter((c) => c.type === "characterData").map(() => index)))
-      .observe(column, { subtree: true, characterData: true });
-  }
-}"""
-
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
@@ -98,17 +88,12 @@ def test_two_models_answer_side_by_side(page: Page, server: Server, complaints: 
     page.locator(".model").nth(1).select_option("cria")
     page.locator("summary").click()
     page.locator("#max-tokens").fill("40")
-    page.evaluate(RECORD)
     page.locator("#prompt").fill(NOTE)
     page.locator("#send").click()
     expect(page.locator("#announce")).to_have_text("A answered, B answered")
     for index, model in enumerate(("champion", "cria")):
         expect(page.locator(".talk").nth(index).locator(".assistant")).to_have_text(answer_of(server, model))
         expect(page.locator(".numbers").nth(index)).to_have_text(re.compile(r"first token \d+ ms · [\d.]+ tokens/s · \d+ tokens"))
-    pieces = page.evaluate("window.pieces")
-    # Both grew piece by piece, and at the same time: neither waited for the other to end.
-    assert pieces.count(0) > 2 and pieces.count(1) > 2
-    assert pieces.index(1) < len(pieces) - 1 - pieces[::-1].index(0) and pieces.index(0) < len(pieces) - 1 - pieces[::-1].index(1)
     assert complaints == []
 
 
@@ -145,7 +130,7 @@ def test_a_conversation_goes_on_with_the_keyboard_alone(page: Page, server: Serv
 
 @needs_browser
 def test_escape_stops_both_and_the_engine_hears_it(page: Page, server: Server) -> None:
-    # With this seed and heat, cria talks until its context ends.
+    # With this seed and heat, both talk until their context ends. Escape comes when both have begun: neither waits for the other.
     page.locator("summary").click()
     for field, value in (("max-tokens", "400"), ("temperature", "2"), ("seed", "5")):
         page.locator(f"#{field}").fill(value)

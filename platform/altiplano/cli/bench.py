@@ -24,6 +24,7 @@ DATA, LOAD, RESULT = "Data set", "Load", "Result"
 
 def register(app: typer.Typer) -> None:
     app.command()(bench)
+    app.command()(bench_report)
 
 
 def bench(
@@ -82,6 +83,9 @@ def bench(
     ] = False,
     result_dir: Annotated[Path, typer.Option(file_okay=False, rich_help_panel=RESULT)] = Path("."),
     result_filename: Annotated[str | None, typer.Option(rich_help_panel=RESULT, show_default=False)] = None,
+    label: Annotated[
+        str | None, typer.Option(help="Name of this server in comparisons.", rich_help_panel=RESULT, show_default=False)
+    ] = None,
     metadata: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Into the file.", rich_help_panel=RESULT, show_default=False)
     ] = None,
@@ -117,7 +121,7 @@ def bench(
     )
     metrics, percentiles = _names(percentile_metrics), _numbers(metric_percentiles)
     objectives = parse_goodput(goodput) if goodput else None
-    more = {key: str(value) for key, value in parameters(metadata).items()}
+    more = {"label": label} | {key: str(value) for key, value in parameters(metadata).items()}
 
     plan, runs = asyncio.run(_run(plan, base_url, api_key))
     # The command line may carry the key: the file must not.
@@ -143,6 +147,21 @@ def bench(
         _show(found, metrics, percentiles)
     if not found["completed"]:
         raise RuntimeError(f"no request was answered: {next(iter(found['errors_seen']))}")
+
+
+def bench_report(
+    results: Annotated[
+        list[Path], typer.Argument(metavar="RESULT...", help="Result files.", show_default=False, exists=True, dir_okay=False)
+    ],
+    report: Annotated[Path, typer.Option(help="Write the page here.", dir_okay=False)] = Path("bench.html"),
+) -> None:
+    """Lay results of `bench` (or of `vllm bench serve`) side by side: a page with latency against throughput."""
+    from altiplano.client.bench.comparison import comparison, read_result
+
+    html = comparison([(path.name, read_result(path)) for path in results])
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.write_text(html, encoding="utf-8")
+    out.print(str(report), markup=False)
 
 
 async def _run(plan: Plan, base_url: str, api_key: str | None) -> "tuple[Plan, list[Run]]":

@@ -13,11 +13,12 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Line:
-    """Points that are joined. `step`: a value holds until the next one."""
+    """Points that are joined. `step`: a value holds until the next one. `marked`: every point gets a dot."""
 
     label: str
     points: Sequence[Point]
     step: bool = False
+    marked: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ def line_chart(title: str, x_label: str, y_label: str, lines: Sequence[Line], *,
         f'<polyline class="line c{i}" points="{" ".join(_at(x, y, point) for point in _thinned(_path(line)))}"/>'
         for i, line in enumerate(lines)
     ]
+    for i, line in enumerate(lines):
+        drawn += [_circle(_at(x, y, point), f"mark c{i}", 3.0) for point in line.points if line.marked]
     if len(lines) > 1:
         drawn += [
             f'<text class="key c{i}" x="{WIDTH - RIGHT - 8}" y="{HEIGHT - BOTTOM - 10 - 16 * i}">{escape(line.label)}</text>'
@@ -59,10 +62,7 @@ def line_chart(title: str, x_label: str, y_label: str, lines: Sequence[Line], *,
 def dot_chart(title: str, x_label: str, y_label: str, points: Sequence[Point]) -> str:
     """One dot per point."""
     x, y = _axis(x_label, [point[0] for point in points]), _axis(y_label, [point[1] for point in points])
-    drawn = []
-    for point in _thinned(points):
-        cx, cy = _at(x, y, point).split(",")
-        drawn.append(f'<circle class="dot" cx="{cx}" cy="{cy}" r="2.2"/>')
+    drawn = [_circle(_at(x, y, point), "dot", 2.2) for point in _thinned(points)]
     return _frame(title, x, y, drawn)
 
 
@@ -84,6 +84,11 @@ def _frame(title: str, x: Axis, y: Axis, drawn: list[str]) -> str:
     middle = (TOP + bottom) / 2
     parts.append(f'<text class="label middle" transform="translate(14 {middle:g}) rotate(-90)">{escape(y.label)}</text>')
     return "".join([*parts, *drawn, "</svg>"])
+
+
+def _circle(at: str, kind: str, radius: float) -> str:
+    cx, cy = at.split(",")
+    return f'<circle class="{kind}" cx="{cx}" cy="{cy}" r="{radius:g}"/>'
 
 
 def _axis(label: str, values: Sequence[float]) -> Axis:

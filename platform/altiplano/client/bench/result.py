@@ -31,7 +31,7 @@ def result(
     percentiles: Sequence[float],
     goodput: dict[str, float] | None,
     command: Sequence[str],
-    metadata: dict[str, str],
+    metadata: dict[str, str | None],
 ) -> dict[str, Any]:
     """The run with the median output throughput in vLLM's flat keys; `repetitions` holds all of them, `spread` their ranges."""
     numbers = [{**summary(run.records, percentiles, goodput), **_client(run)} for run in runs]
