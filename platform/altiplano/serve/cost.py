@@ -17,17 +17,30 @@ from altiplano.serve.metrics import Labels
 # on an H200: benchmarks/results/engine.json); one found in the prefix cache takes none.
 PROMPT_WEIGHT = 0.2
 IDLE = Labels("", "", "idle")
+DIVIDE_EVERY_S = 1.0
 
 
 @dataclass
 class Account:
-    """What was used under one set of labels. `usd` is 0 without a price."""
+    """What was used under one set of labels. `usd` is 0 without a price; `weight` is work that is not priced yet."""
 
     answers: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generation_tokens: int = 0
     usd: float = 0.0
+    weight: float = 0.0
+
+    def prompt(self, tokens: int, cached: int) -> None:
+        """A prompt was computed, but for its `cached` first tokens."""
+        self.prompt_tokens += tokens
+        self.cached_tokens += cached
+        self.weight += PROMPT_WEIGHT * (tokens - cached)
+
+    def token(self) -> None:
+        """One token was generated."""
+        self.generation_tokens += 1
+        self.weight += 1.0
 
     @property
     def usd_per_million_tokens(self) -> float | None:
@@ -44,34 +57,25 @@ class Ledger:
     now: float
     accounts: dict[Labels, Account] = field(default_factory=dict)
     _running: int = 0
-    _unshared: float = 0.0  # price of busy time that no token stands for yet
-    _weights: dict[Labels, float] = field(default_factory=dict)
+    _unshared: float = 0.0  # price of busy time since the last division
+    _divided: float = 0.0
+    _latest: Account | None = None  # that an answer ended for
 
-    def begin(self, labels: Labels, now: float) -> None:
-        """An answer is being computed from here on."""
+    def begin(self, labels: Labels, now: float) -> Account:
+        """An answer is being computed from here on, for the account that is returned."""
         self._advance(now)
         self._running += 1
-        self.account(labels).answers += 1
-
-    def prompt(self, labels: Labels, tokens: int, cached: int) -> None:
-        """A prompt was computed, but for its `cached` first tokens."""
         account = self.account(labels)
-        account.prompt_tokens += tokens
-        account.cached_tokens += cached
-        self._weigh(labels, PROMPT_WEIGHT * (tokens - cached))
+        account.answers += 1
+        return account
 
-    def token(self, labels: Labels) -> None:
-        """One token was generated."""
-        self.account(labels).generation_tokens += 1
-        self._weigh(labels, 1.0)
-
-    def end(self, labels: Labels, now: float) -> None:
-        """An answer has ended, for whatever reason. The last one of a stretch without a single token pays for it."""
+    def end(self, account: Account, now: float) -> None:
+        """An answer has ended, for whatever reason."""
         self._advance(now)
         self._running -= 1
-        if not self._running and not self._weights:
-            self._weigh(labels, 1.0)
-        self._share()
+        self._latest = account
+        if now - self._divided >= DIVIDE_EVERY_S:
+            self._divide()
 
     def account(self, labels: Labels) -> Account:
         found = self.accounts.get(labels)
@@ -79,14 +83,11 @@ class Ledger:
             found = self.accounts[labels] = Account()
         return found
 
-    def settle(self, now: float) -> Iterator[tuple[Labels, Account]]:
+    def settle(self, now: float) -> list[tuple[Labels, Account]]:
         """All accounts, with everything until `now` divided."""
         self._advance(now)
-        self._share()
-        return iter(list(self.accounts.items()))
-
-    def _weigh(self, labels: Labels, weight: float) -> None:
-        self._weights[labels] = self._weights.get(labels, 0.0) + weight
+        self._divide()
+        return list(self.accounts.items())
 
     def _advance(self, now: float) -> None:
         usd = (self.usd_per_hour or 0.0) * (now - self.now) / 3600
@@ -96,14 +97,18 @@ class Ledger:
         elif usd:
             self.account(IDLE).usd += usd
 
-    def _share(self) -> None:
-        total = sum(self._weights.values())
+    def _divide(self) -> None:
+        self._divided = self.now
+        total = sum(account.weight for account in self.accounts.values())
         if not total:
-            return
-        for labels, weight in self._weights.items():
-            self.accounts[labels].usd += self._unshared * weight / total
+            # Busy, and not one token: who left last pays when nobody is there any more, else it waits for the first token.
+            if self._latest is None or self._running:
+                return
+            self._latest.weight = total = 1.0
+        for account in self.accounts.values():
+            account.usd += self._unshared * account.weight / total
+            account.weight = 0.0
         self._unshared = 0.0
-        self._weights.clear()
 
 
 class CostCollector(Collector):

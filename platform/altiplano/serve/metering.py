@@ -9,6 +9,7 @@ from altiplano.serve.call import Call, current_call
 from altiplano.serve.engine_client import EngineClient
 
 BASE = "base"
+TELL_EVERY = 16  # tokens: Prometheus's counters take a lock each time
 
 
 class MeteredEngineClient(EngineClient):
@@ -40,31 +41,17 @@ class MeteredEngineClient(EngineClient):
 class Answer:
     """One answer being generated. Begins with its construction; `end` must follow."""
 
-    __slots__ = (
-        "_call",
-        "_clock",
-        "_count",
-        "_first",
-        "_labels",
-        "_last",
-        "_ledger",
-        "_metrics",
-        "_prompt",
-        "_reason",
-        "_tokens",
-    )
-
     def __init__(self, call: Call, adapter: str | None, prompt_tokens: int) -> None:
         governance = call.governance
-        self._call, self._clock, self._ledger = call, governance.clock, governance.ledger
-        call.arm = adapter or BASE
-        self._labels = call.labels(call.arm)
-        self._metrics = governance.metrics.of(self._labels)
+        self._call, self._clock = call, governance.clock
+        call.arm = call.arm or adapter or BASE  # an arm of a test has its own name
+        labels = call.labels(call.arm)
+        self._metrics = governance.metrics.of(labels)
+        self._account = governance.ledger.begin(labels, self._clock())
         self._tokens = call.quota.tokens if call.quota else None
-        self._prompt, self._count = prompt_tokens, 0
+        self._prompt, self._count, self._told = prompt_tokens, 0, 0
         self._reason: str | None = None
         self._first = self._last = 0.0
-        self._ledger.begin(self._labels, self._clock())
 
     def saw(self, token: m.Token) -> None:
         """News from the engine."""
@@ -79,8 +66,9 @@ class Answer:
             self._metrics.inter_token.observe(now - self._last)
         self._count += 1
         self._last = now
-        self._metrics.generation_tokens.inc()
-        self._ledger.token(self._labels)
+        self._account.token()
+        if self._count - self._told >= TELL_EVERY:
+            self._tell()
         self._call.generation_tokens += 1
         if self._tokens is not None:
             self._tokens.take(1)
@@ -92,7 +80,8 @@ class Answer:
     def end(self) -> None:
         """The engine is done, or nobody waits any more."""
         call, metrics = self._call, self._metrics
-        self._ledger.end(self._labels, self._clock())
+        call.governance.ledger.end(self._account, self._clock())
+        self._tell()
         if self._reason is None or self._reason == "abort":
             return
         metrics.finished(self._reason)
@@ -110,4 +99,8 @@ class Answer:
         metrics.prompt_tokens.inc(self._prompt)
         metrics.cache_queries.inc(self._prompt)
         metrics.cache_hits.inc(token.num_cached_tokens)
-        self._ledger.prompt(self._labels, self._prompt, token.num_cached_tokens)
+        self._account.prompt(self._prompt, token.num_cached_tokens)
+
+    def _tell(self) -> None:
+        self._metrics.generation_tokens.inc(self._count - self._told)
+        self._told = self._count
