@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from altiplano_kernels.few_rows_attention.kernel import decode_few
+from altiplano_kernels.cluster_attention.kernel import Shape, decode_clusters
 from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, choose_splits, decode
 from altiplano_kernels.prefill_attention.kernel import list_tiles, prefill
 
@@ -77,7 +77,7 @@ def cache_of(blocks: int, kv_heads: int, dim: int, kind: torch.dtype) -> tuple[t
 
 def decodes(model: str) -> None:
     _, _, heads, kv_heads, dim = SHAPES[model]
-    for batch, context in ((16, 640), (64, 640), (256, 2048)):
+    for batch, context in ((16, 640), (64, 640), (256, 640), (256, 2048)):
         width = -(-context // PAGE)
         for kind in (torch.bfloat16, torch.float8_e4m3fn, torch.int8):
             caches = [cache_of(batch * width, kv_heads, dim, kind) for _ in range(BUFFERS)]
@@ -91,7 +91,7 @@ def decodes(model: str) -> None:
             base = choose_splits(batch, kv_heads, dim)
             for splits in sorted({1, base}):
                 work = DecodeWorkspace(batch, kv_heads, dim, "cuda", splits)
-                for tile, stages, warps in ((64, 3, 2), (32, 4, 1), (32, 2, 1), (64, 3, 1)):
+                for tile, stages, warps in ((64, 3, 2), (32, 4, 1)):
                     try:
                         ms = graph_ms(
                             lambda i, a=(tile, stages, warps), s=splits, w=work, c=caches, q=query, o=out: decode(
@@ -102,10 +102,10 @@ def decodes(model: str) -> None:
                         say(kernel="decode", failed=repr(error)[:100], tile=tile, stages=stages, warps=warps)
                         continue
                     found.append((round(ms * 1e3, 1), splits, tile, stages, warps))
-            for cluster, depth, warps in ((1, 1, 4), (1, 2, 4), (1, 1, 8), (2, 1, 4), (4, 1, 4), (1, 2, 2)):
+            for cluster, depth, warps in ((1, 1, 4), (1, 2, 4), (1, 1, 8), (2, 1, 4), (4, 1, 4), (1, 2, 2), (1, 1, 2)):
                 ms = graph_ms(
-                    lambda i, a=(cluster, depth, warps), c=caches, q=query, o=out: decode_few(
-                        q, *c[i], tables, slots, at, o, heads, *a
+                    lambda i, a=(cluster, depth, warps), c=caches, q=query, o=out: decode_clusters(
+                        q, *c[i], tables, slots, at, o, heads, Shape(*a)
                     )
                 )
                 found.append((round(ms * 1e3, 1), 0, cluster, depth, warps))  # 0: the kernel for few rows and codes

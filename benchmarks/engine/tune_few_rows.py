@@ -12,6 +12,7 @@ from workloads import model_directory
 from altiplano.engine import EngineConfig
 from altiplano.engine.cuda.quantized import BITS
 from altiplano.engine.cuda.runner import CudaRunner
+from altiplano_kernels.cluster_attention.kernel import Shape
 from altiplano_kernels.few_rows.kernel import CHUNK, DRAW, QKV, RESIDUAL, SWIGLU, Plan, choose_plan
 
 STEPS = 8
@@ -49,7 +50,7 @@ def explain(runner: CudaRunner, rows: torch.Tensor, whole: float) -> None:
     owners = {
         "begin": module.few,
         "norm_qkv": module.few,
-        "decode_few": module,
+        "decode_clusters": module,
         "add_linear": module.few,
         "norm_swiglu": module.few,
     }
@@ -97,13 +98,16 @@ def main(model: str, count: int, context: int, quantization: str, quick: bool) -
         best = timed(runner, rows)
         print(f"{model} {quantization} rows {count} context {context}: defaults {best:.1f} us", flush=True)
         tried = []
-        for few.cluster in ((c, d, w) for c in (4, 8, 16) for d in (1, 2) for w in (1, 2, 4)):
-            tried.append((timed(runner, rows), few.cluster))
+        for few.shape in (Shape(c, d, w) for c in (4, 8, 16) for d in (1, 2) for w in (1, 2, 4)):
+            tried.append((timed(runner, rows), few.shape))
         print("  cluster, depth, warps:", [(round(us, 1), *c) for us, c in sorted(tried)[:8]], flush=True)
-        few.cluster = min(tried)[1]
+        few.shape = min(tried)[1]
         best = min(tried)[0]
         explain(runner, rows, best)
         sums = {"gate_up": shape.hidden_size, "head": shape.hidden_size, "qkv": shape.hidden_size}
+        qkv = (shape.num_attention_heads + 2 * shape.num_key_value_heads) * shape.head_dim
+        wide = {"gate_up": 2 * shape.intermediate_size, "head": shape.vocab_size, "qkv": qkv}
+        wide |= {"down": shape.hidden_size, "o": shape.hidden_size}
         sums |= {"down": shape.intermediate_size, "o": shape.num_attention_heads * shape.head_dim}
         for name, mode in MODES.items():
             results = []
@@ -120,7 +124,10 @@ def main(model: str, count: int, context: int, quantization: str, quick: bool) -
             if results and results[0][0] < best:
                 few.plans[name] = results[0][1]
                 best = timed(runner, rows)
-            print(f"  {name}: default {tuple(choose_plan(mode, sums[name], count, bits))}, step now {best:.1f}", flush=True)
+            print(
+                f"  {name}: default {tuple(choose_plan(mode, wide[name], sums[name], count, bits))}, step now {best:.1f}",
+                flush=True,
+            )
         explain(runner, rows, best)
         print(f"{model} rows {count}: {timed(runner, rows):.1f} us with {few.plans}", flush=True)
 

@@ -1,10 +1,10 @@
 """W1-W4 on our engine, random weights at the public Llama 3.2 shapes: what the programs for vLLM and SGLang measure, the same way.
 
-usage: PYTHONPATH=platform:kernels python benchmarks/engine/workloads.py MODEL [--variant bf16|kv-fp8|kv-int8] [--only W1,W2-B64,…]
+usage: PYTHONPATH=platform:kernels python benchmarks/engine/workloads.py MODEL [--variant bf16|kv-fp8|kv-int8|w-int8|w-int4] [--only W1,W2-B64,…]
        [--out FILE] [--commit HASH]; prints one JSON record per line and writes them to FILE.
 
 W1, W2: (time of 1 + n tokens less time of 1 token) / n steps, through the engine's own loop. W3: output tokens over wall time of all
-requests. W4: prompt tokens over wall time of one token each.
+requests. W4: prompt tokens over wall time of one token each. W2-B256-2048: decode steps at context 2 048, without the loop.
 """
 
 import argparse
@@ -37,7 +37,7 @@ ROPE = {
     "original_max_position_embeddings": 8192,
     "rope_type": "llama3",
 }
-BLOCKS = {"1b": 70_000, "3b": 27_000}
+BLOCKS = {"1b": 70_000, "3b": 35_000}
 RUNS = 3
 
 
@@ -62,8 +62,11 @@ class Bench:
             model=model_directory(model), dtype="bfloat16", device="cuda", load_format="dummy", max_model_len=2112, max_num_seqs=1024,
             max_num_batched_tokens=16384, num_blocks=BLOCKS[model], enable_prefix_caching=False,
         )  # fmt: skip
-        runner = CudaRunner(config, kv_cache_dtype=variant.removeprefix("kv-") if variant.startswith("kv-") else "auto")
-        self.engine = OverlappedEngine(config, runner)
+        kind, _, name = variant.partition("-")
+        self.runner = CudaRunner(
+            config, kv_cache_dtype=name if kind == "kv" else "auto", quantization=name if kind == "w" else "none"
+        )
+        self.engine = OverlappedEngine(config, self.runner)
         self._dice = random.Random(0)
 
     def ids(self, n: int) -> list[int]:
@@ -90,7 +93,7 @@ class Bench:
     def mixed(self, name: str, requests: int) -> None:
         prompts = [self.ids(self._dice.randint(100, 1024)) for _ in range(requests)]
         lengths = [self._dice.randint(100, 1024) for _ in range(requests)]
-        self.engine.runner.warm_up(range(1, min(requests, 1024) + 1))  # type: ignore[attr-defined]
+        self.runner.warm_up(range(1, min(requests, 1024) + 1))
         self.record(name, [sum(lengths) / self.seconds(prompts, lengths, 0.6) for _ in range(RUNS)], "output tok/s", True)
 
     def prefill(self, name: str) -> None:
@@ -99,6 +102,31 @@ class Bench:
 
         run()
         self.record(name, [128 * 1024 / run() for _ in range(RUNS)], "tok/s", True)
+
+    def steps(self, name: str, batch: int, context: int) -> None:
+        """Steps at one context length over a cache of random keys and values: the graphs alone, without prompts and engine loop."""
+        runner, per, count = self.runner, -(-context // 32) + 2, 32
+        used = slice(0, batch * per)
+        for layer in runner.model.cache:
+            values = torch.randn(layer[used].shape, dtype=torch.bfloat16, device=layer.device)
+            layer[used].copy_(values * (50 if layer.dtype == torch.int8 else 1))
+        if runner.model.scales is not None:
+            runner.model.scales.fill_(0.01)
+        slots = list(range(batch))
+        for slot in slots:
+            runner.slots.set_pages(slot, range(slot * per, (slot + 1) * per), fresh=True)
+
+        def run() -> float:
+            runner.slots.write(slots, [1] * batch, [context - count] * batch, [0] * batch, [0.0] * batch, [0] * batch)
+            runner.launch_decode(slots, 1)
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            runner.launch_decode(slots, count)
+            torch.cuda.synchronize()
+            return (time.perf_counter() - started) / count * 1e3
+
+        run()
+        self.record(name, [run() for _ in range(RUNS)], "ms/step", False)
 
     def record(self, workload: str, values: list[float], unit: str, higher: bool) -> None:
         record: dict[str, object] = {
@@ -119,6 +147,7 @@ WORKLOADS: dict[str, Callable[[Bench], None]] = {
     "W2-B8": lambda bench: bench.decode("W2-B8", 8, 512, 256),
     "W2-B64": lambda bench: bench.decode("W2-B64", 64, 512, 256),
     "W2-B256": lambda bench: bench.decode("W2-B256", 256, 512, 256),
+    "W2-B256-2048": lambda bench: bench.steps("W2-B256-2048", 256, 2048),
     "W4": lambda bench: bench.prefill("W4"),
     "W3-256": lambda bench: bench.mixed("W3-256", 256),
     "W3-1024": lambda bench: bench.mixed("W3-1024", 1024),
@@ -128,7 +157,7 @@ WORKLOADS: dict[str, Callable[[Bench], None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=sorted(SHAPES))
-    parser.add_argument("--variant", default="bf16", choices=["bf16", "kv-fp8", "kv-int8"])
+    parser.add_argument("--variant", default="bf16", choices=["bf16", "kv-fp8", "kv-int8", "w-int8", "w-int4"])
     parser.add_argument("--only", default=",".join(WORKLOADS))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default="unknown")

@@ -9,9 +9,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA C++ has no interpreter"),
 ]
 
+from altiplano_kernels.cluster_attention.kernel import Shape, decode_clusters  # noqa: E402
 from altiplano_kernels.few_rows import kernel as few  # noqa: E402
 from altiplano_kernels.few_rows.quantized import dequantize, pack, quantize  # noqa: E402
-from altiplano_kernels.few_rows_attention.kernel import decode_few  # noqa: E402
 from altiplano_kernels.kv_write.kernel import rope_and_write  # noqa: E402
 from altiplano_kernels.rms_norm.reference import rms_norm  # noqa: E402
 from altiplano_kernels.rope.reference import cos_sin as tables_of  # noqa: E402
@@ -190,7 +190,9 @@ def test_attention_of_ragged_sequences(shape: tuple[int, int, int], kind: torch.
     query = qkv[ends[pages.order.long()] - 1].contiguous()
     positions = pages.positions[pages.order.long()].contiguous()
     out = torch.full((len(lengths), heads * dim), float("nan"), dtype=torch.bfloat16, device="cuda")
-    decode_few(query, pages.cache, pages.scales, pages.tables, pages.order, positions, out, heads, cluster)
+    decode_clusters(
+        query, pages.cache, pages.scales, pages.tables, pages.order, positions, out, heads, Shape(cluster, 128 // dim, 4)
+    )
     q, k, v = raw.double().split([heads * dim, kv_heads * dim, kv_heads * dim], -1)
     q, k, v = pages.turn(q, at), pages.turn(k, at), v.view(len(v), kv_heads, dim)
     for row, slot in enumerate(pages.order.tolist()):

@@ -85,13 +85,13 @@ def prompts(count: int, low: int, high: int) -> list[list[int]]:
     return [[dice.randrange(4000) for _ in range(dice.randint(low, high))] for _ in range(count)]
 
 
-def make(where: Path, kind: str, overlapped: bool = True, **settings: int) -> Engine:
+def make(where: Path, kind: str, overlapped: bool = True, quantization: str = "none", **settings: int) -> Engine:
     from altiplano.engine.cuda.overlap import OverlappedEngine
     from altiplano.engine.cuda.runner import CudaRunner
 
     values = {"max_model_len": 1024, "max_num_seqs": 16, "num_blocks": 600, "max_num_batched_tokens": 512, **settings}
     config = EngineConfig(model=where, device="cuda", dtype="bfloat16", debug=True, **values)
-    runner = CudaRunner(config, kv_cache_dtype=kind)
+    runner = CudaRunner(config, kv_cache_dtype=kind, quantization=quantization)
     return OverlappedEngine(config, runner) if overlapped else Engine(config, runner)
 
 
@@ -133,6 +133,38 @@ def test_greedy_answers_are_those_of_the_float32_model(checkpoint: Path, kind: s
     for prompt, answer in zip(asked, answers, strict=True):
         assert len(answer.token_ids) == 37 and answer.finish_reason == "length"
         assert greedy_gap(checkpoint, prompt, answer.token_ids) < {"bf16": 0.12, "int8": 0.24, "fp8": 0.8}[kind]
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16, 40])
+@pytest.mark.parametrize("kind", BOUNDS)
+def test_greedy_answers_of_any_batch_are_those_of_the_float32_model(checkpoint: Path, kind: str, rows: int) -> None:
+    asked = prompts(rows, 20, 200)
+    engine = make(checkpoint, kind, max_num_seqs=48)
+    answers = engine.generate(asked, SamplingParams(max_tokens=21, temperature=0.0, ignore_eos=True))
+    for prompt, answer in list(zip(asked, answers, strict=True))[:6]:
+        assert greedy_gap(checkpoint, prompt, answer.token_ids) < {"bf16": 0.12, "int8": 0.24, "fp8": 0.8}[kind]
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_quantized_weights_answer_as_their_own_unpacked_weights(checkpoint: Path, quantization: str) -> None:
+    """Small batches read codes, prompts read unpacked weights: both must be the same model."""
+    asked = prompts(5, 20, 120)
+    engine = make(checkpoint, "bf16", quantization=quantization)
+    answers = engine.generate(asked, SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True, seed=1))
+    for prompt, answer in zip(asked, answers, strict=True):
+        scored = engine.score([prompt + answer.token_ids])[0][len(prompt) - 1 :]
+        params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=1)
+        best = [engine.generate([prompt + answer.token_ids[:n]], params)[0].logprobs[0] for n in (0, 11, 23)]
+        # The head has 8 bits in small batches: near-equals may swap.
+        for n, top in zip((0, 11, 23), best, strict=True):
+            assert top - scored[n] < 0.3, (n, top, scored[n])
+
+
+def test_unknown_quantization_is_refused(checkpoint: Path) -> None:
+    from altiplano.engine.errors import EngineError
+
+    with pytest.raises(EngineError, match="use one of none, int8, int4"):
+        make(checkpoint, "bf16", quantization="int3")
 
 
 def test_running_ahead_changes_no_token(checkpoint: Path) -> None:

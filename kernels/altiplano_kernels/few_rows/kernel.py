@@ -47,10 +47,16 @@ class Step:
         self.ids = torch.empty(MOST_ROWS * blocks, dtype=torch.int32, device=device)
 
 
-# Measured on an H200 by benchmarks/engine/tune_few_rows.py: (mode, k, bits) to plans for one row and for more.
+# Measured on an H200 by benchmarks/engine/tune_few_rows.py: (mode, n, k, bits) to plans for one row and for two to eight.
 TUNED = {
-    (SWIGLU, 2048, 16): (Plan(8, 2), Plan(8, 4, 264)),
-    (RESIDUAL, 8192, 16): (Plan(16, 2), Plan(16, 2)),
+    (SWIGLU, 16384, 2048, 16): (Plan(8, 2), Plan(8, 4, 264)),
+    (RESIDUAL, 2048, 8192, 16): (Plan(16, 2), Plan(16, 2)),
+    (SWIGLU, 16384, 3072, 16): (Plan(16, 3, 528), Plan(8, 3, 264)),
+    (QKV, 5120, 3072, 16): (Plan(4, 4), Plan(4, 4)),
+    (RESIDUAL, 3072, 8192, 16): (Plan(8, 4), Plan(16, 2)),
+    (RESIDUAL, 3072, 3072, 16): (Plan(12, 2), Plan(8, 3)),
+    (SWIGLU, 16384, 2048, 4): (Plan(16, 1, 264), Plan(16, 1, 264)),
+    (RESIDUAL, 2048, 2048, 4): (Plan(16, 1), Plan(16, 1)),
 }
 
 
@@ -59,14 +65,14 @@ def divides(k: int, bits: int = 16) -> bool:
     return any(k % (warps * CHUNK[bits]) == 0 for warps in (4, 6))
 
 
-def choose_plan(mode: int, k: int, rows: int, bits: int = 16) -> Plan:
-    """The plan that was measured to be best, or one that divides k.
+def choose_plan(mode: int, n: int, k: int, rows: int, bits: int = 16) -> Plan:
+    """The plan that was measured to be best for `rows` of x and w: [n, k], or one that divides k.
 
     Raises:
         ValueError: k is a multiple of neither 256 nor 384 (512 nor 768 with 8 or 4 bits).
     """
-    if (mode, k, bits) in TUNED and rows <= 8:
-        return TUNED[mode, k, bits][rows > 1]
+    if (mode, n, k, bits) in TUNED and rows <= 8:
+        return TUNED[mode, n, k, bits][rows > 1]
     if not divides(k, bits):
         unit = 2 * CHUNK[bits]
         raise ValueError(
@@ -134,7 +140,9 @@ def norm_qkv(
     x: bf16 [rows, k]; w: bf16 [(heads + 2 kv_heads) * head_dim, k]; cache: bf16 [blocks, 2, kv_heads, page, head_dim].
     """
     _, _, kv_heads, page, dim = cache.shape
-    plan = (plan or choose_plan(QKV, x.shape[1], x.shape[0], w.bits if isinstance(w, Packed) else 16))._replace(early=not first)
+    plan = (plan or choose_plan(QKV, w.shape[0], x.shape[1], x.shape[0], w.bits if isinstance(w, Packed) else 16))._replace(
+        early=not first
+    )
     _launch(
         QKV, x, w, plan, w.shape[0] // 16, gamma, (heads, kv_heads, dim, page), eps=eps, out=step.query,
         stride_out=step.query.stride(0), lines=step.lines, rope=step.rope, cache=cache,
@@ -189,7 +197,7 @@ def _launch(
     rows, k = x.shape
     heads, kv_heads, dim, page = shape
     bits = w.bits if isinstance(w, Packed) else 16
-    plan = plan or choose_plan(mode, k, rows, bits)
+    plan = plan or choose_plan(mode, w.shape[0], k, rows, bits)
     norm = gamma is not None
     columns = 1 if rows <= 8 else 2
     options = (

@@ -13,8 +13,8 @@ import torch
 
 from altiplano.engine.config import LlamaConfig
 from altiplano.engine.cuda.quantized import AnyLayer, PackedWeights, weight_of
+from altiplano_kernels.cluster_attention.kernel import Shape, decode_clusters, fits
 from altiplano_kernels.few_rows import kernel as few
-from altiplano_kernels.few_rows_attention.kernel import decode_few, fits
 from altiplano_kernels.kv_write.kernel import rope_and_write
 from altiplano_kernels.sampling.kernel import advance
 
@@ -34,7 +34,7 @@ class FewRows:
         self._scratch = few.Step(config.hidden_size, query, config.intermediate_size, config.head_dim, MOST_BLOCKS, device)
         self._qkv = torch.empty(few.MOST_ROWS, self._width, dtype=torch.bfloat16, device=device)
         self.plans: dict[str, few.Plan] = {}  # overrides, for tuning
-        self.cluster: tuple[int, int, int] | None = None
+        self.shape: Shape | None = None  # of attention, likewise
 
     @staticmethod
     def supports(config: LlamaConfig, page: int, bits: int = 16) -> bool:
@@ -54,7 +54,6 @@ class FewRows:
         eps, heads = config.rms_norm_eps, config.num_attention_heads
         residual, mixed, wide = scratch.residual[:count], scratch.mixed[:count], scratch.wide[:count]
         few.begin(rows, slots.tokens, slots.positions, slots.tables, weights.embedding, model.cos_sin, model.cache[0], scratch)
-        cluster, depth, warps = self.cluster or ((8, 1, 4) if count == 1 else (4, 2, 4))
         layers: Sequence[AnyLayer] = weights.layers
         for index, layer in enumerate(layers):
             cache, scales = model.cache[index], None if model.scales is None else model.scales[index]
@@ -69,7 +68,7 @@ class FewRows:
                 few.linear(residual, qkv, query, layer.input_norm, eps, plan("qkv"))
                 positions = scratch.positions[:count]
                 rope_and_write(query, positions, rows, slots.tables, model.cos_sin, cache, scales, heads, pdl=True)
-            decode_few(query, cache, scales, slots.tables, rows, scratch.positions, mixed, heads, cluster, depth, warps)
+            decode_clusters(query, cache, scales, slots.tables, rows, scratch.positions, mixed, heads, self.shape)
             few.add_linear(mixed, o, residual, plan("o"))
             few.norm_swiglu(residual, gate_up, layer.post_norm, eps, wide, plan("gate_up"))
             few.add_linear(wide, down, residual, plan("down"))

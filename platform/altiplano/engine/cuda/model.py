@@ -9,8 +9,8 @@ from altiplano.engine.config import LlamaConfig
 from altiplano.engine.cuda.quantized import AnyLayer, PackedWeights
 from altiplano.engine.cuda.slots import SlotTable
 from altiplano.engine.weights import Layer, Weights
+from altiplano_kernels.cluster_attention.kernel import decode_clusters, fits
 from altiplano_kernels.embed_norm.kernel import add_norm, add_norm_parts, embed_rows
-from altiplano_kernels.few_rows_attention.kernel import decode_few, fits
 from altiplano_kernels.kv_write.kernel import rope_and_write
 from altiplano_kernels.linear import kernel as linear
 from altiplano_kernels.lora.reference import add_lora
@@ -52,7 +52,7 @@ class CudaLlama:
             and linear.fits(linear.GATED_SOME, config.intermediate_size, config.hidden_size)
             for w in ((layer.o, layer.down) if isinstance(layer, Layer) else ())
         )
-        self._codes = fits(config.num_attention_heads, kv_heads, config.head_dim, cache.shape[4])
+        self._clusters = fits(config.num_attention_heads, kv_heads, config.head_dim, cache.shape[4])
         self._workspace = DecodeWorkspace(max(need, max_batch), kv_heads, config.head_dim, device, 1)
 
     def decode_hidden(self, rows: torch.Tensor, groups: Groups = (), pdl: bool = True) -> torch.Tensor:
@@ -66,15 +66,13 @@ class CudaLlama:
         )
         shape = (batch, config.num_key_value_heads, config.head_dim)
         splits, tiling = choose_splits(*shape), choose_tiling(*shape)
-        # Few programs still fill the card when each (row, head) is a cluster of several.
-        cluster = min(8, choose_splits(*shape))
 
         def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
             out = torch.empty(batch, config.num_attention_heads * config.head_dim, dtype=torch.bfloat16, device=rows.device)
             scales = None if self.scales is None else self.scales[layer]
-            if scales is not None and self._codes:
+            if self._clusters:
                 heads, cache = config.num_attention_heads, self.cache[layer]
-                return decode_few(qkv, cache, scales, slots.tables, rows, positions, out, heads, cluster, pdl=pdl)
+                return decode_clusters(qkv, cache, scales, slots.tables, rows, positions, out, heads, pdl=pdl)
             return decode(
                 qkv,
                 self.cache[layer],

@@ -1,9 +1,9 @@
 // Attention of one token per row over pages: a cluster of blocks owns one (row, KV head), its warps take turns at tiles of 16 tokens.
 //
-// Scores come from the tensor cores: tokens are the rows of mma.m16n8k16, the heads of the group its columns, and a lane loads 16
-// bytes of its tokens' keys straight into the fragments (the order of dimensions is free as long as query and key agree). Weights
-// times values are plain multiply-adds, a lane holding 8 dimensions: half of what memory needs in time. 8-bit codes become float16
-// without loss; their scales meet the scores and the weights in float32.
+// Both products run on the tensor cores, with the heads of the group as columns of mma.m16n8k16: tokens are the rows of the scores,
+// dimensions those of the sums. A lane loads 16 bytes of its tokens' keys and values straight into registers (the order of dimensions
+// is free as long as all agree); values and weights are turned there, 8 x 8 at a time. 8-bit codes become float16 without loss, the
+// keys' scales meet the scores and the values' the weights.
 //
 // Keys and values of earlier tokens are asked for before the wait for the kernel before: only the query and the newest token come
 // from it. The blocks of a cluster send their parts to each other's shared memory, each owning a share of the sums, so there is
@@ -16,9 +16,8 @@ typedef unsigned short u16;
 constexpr int THREADS = WARPS * 32, SIZE = GROUP * HEAD_DIM, SHARE = SIZE / CLUSTER, TILE = 16;
 constexpr int BYTES = KIND == 0 ? 2 : 1, EACH = 16 / BYTES;            // of an element; elements of 16 bytes
 constexpr int PIECES = HEAD_DIM * BYTES / 64;                          // 16-byte loads of a lane per key
-constexpr int LANES = HEAD_DIM / 8, TOKENS = 32 / LANES, VALUES = TILE / TOKENS;  // lanes per value; values per load; loads per tile
-constexpr int WORDS = 2 * BYTES;                                       // 32-bit words of 8 elements
-constexpr int HEADS = GROUP <= 4 ? 4 : 8;                              // the group, padded for loads of 16 bytes
+constexpr int HEADS = GROUP + GROUP % 2, HALVES = EACH / 2;            // a lane's columns come in pairs; pairs of elements in a piece
+constexpr float CODE = KIND == 0 ? 1.f : KIND == 1 ? 127.f : 448.f;    // largest code: weights times scales stay inside float16
 static_assert(PAGE % TILE == 0, "a tile lies in one page");
 
 struct Args {
@@ -34,16 +33,12 @@ struct Args {
 };
 
 struct Tile {
-  u32 k[2][PIECES][4];  // tokens g and g + 8
-  u32 v[VALUES][WORDS];
+  u32 k[2][PIECES][4], v[2][PIECES][4];  // tokens g and g + 8
   u16 scale;  // of key `lane`, or of value `lane - 16`
 };
 
 __device__ __forceinline__ void load(const void* p, u32 (&r)[4]) {
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(p));
-}
-__device__ __forceinline__ void load(const void* p, u32 (&r)[2]) {
-  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "l"(p));
 }
 __device__ __forceinline__ float half_to_float(u16 h) {
   float f;
@@ -61,22 +56,35 @@ __device__ __forceinline__ void to_halves(u32 codes, u32 (&pairs)[2]) {
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pairs[1]) : "h"((u16)(codes >> 16)));
 #endif
 }
-__device__ __forceinline__ void widen(const u32 (&r)[WORDS], float (&f)[8]) {
+// Pair `n` of the elements of a piece.
+__device__ __forceinline__ u32 pair_of(const u32 (&piece)[4], int n) {
 #if KIND == 0
-#pragma unroll
-  for (int i = 0; i < 4; i++) f[2 * i] = __uint_as_float(r[i] << 16), f[2 * i + 1] = __uint_as_float(r[i] & 0xffff0000u);
+  return piece[n];
 #else
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    u32 pairs[2];
-    to_halves(r[i], pairs);
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      f[4 * i + 2 * h] = half_to_float((u16)pairs[h]);
-      f[4 * i + 2 * h + 1] = half_to_float((u16)(pairs[h] >> 16));
-    }
-  }
+  u32 pairs[2];
+  to_halves(piece[n / 2], pairs);
+  return pairs[n % 2];
 #endif
+}
+__device__ __forceinline__ u32 pack(float low, float high) {
+  u32 r;
+#if KIND == 0
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+#endif
+  return r;
+}
+// Of an 8 x 8 matrix of 16-bit elements, a row per four lanes.
+__device__ __forceinline__ u32 transpose(u32 r) {
+  u32 turned;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(r));
+  return turned;
+}
+__device__ __forceinline__ float power_of_2(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
 }
 __device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if KIND == 0
@@ -93,12 +101,11 @@ __device__ __forceinline__ void send(float* p, int rank, float value) {
   asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
 }
 
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS) few_rows_attention(const Args a) {
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS) cluster_attention(const Args a) {
   __shared__ float parts[WARPS][SIZE], peaks[WARPS][HEADS], totals[WARPS][HEADS];
   __shared__ float inbox[CLUSTER][SHARE], inbox_peaks[CLUSTER][GROUP], inbox_totals[CLUSTER][GROUP];
-  __shared__ __align__(16) float weights[WARPS][TILE + 1][HEADS];  // the last row: how much the sums so far shrink
   const int rank = blockIdx.x, head = blockIdx.y, row = blockIdx.z;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, part = lane % LANES, mine = lane / LANES;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   // Positions are of the step's first kernel, which has ended before the kernel before this one let it start.
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");  // that all blocks are there is asked before sending
@@ -118,12 +125,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       const int token = g + side * 8;
       if (base + token >= low && base + token < high)
 #pragma unroll
-        for (int i = 0; i < PIECES; i++) load(keys + token * HEAD_DIM * BYTES + (i * 4 + t) * 16, tile.k[side][i]);
-    }
-#pragma unroll
-    for (int i = 0; i < VALUES; i++) {
-      const int token = i * TOKENS + mine;
-      if (base + token >= low && base + token < high) load(values + (token * HEAD_DIM + part * 8) * BYTES, tile.v[i]);
+        for (int i = 0; i < PIECES; i++) {
+          load(keys + token * HEAD_DIM * BYTES + (i * 4 + t) * 16, tile.k[side][i]);
+          load(values + token * HEAD_DIM * BYTES + (i * 4 + t) * 16, tile.v[side][i]);
+        }
     }
     if (KIND) {
       const int token = lane % 16;
@@ -162,7 +167,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #endif
     }
 
-  float peak[2] = {-1e30f, -1e30f}, total[2] = {0.f, 0.f}, acc[GROUP][8] = {};
+  float peak[2] = {-1e30f, -1e30f}, total[2] = {0.f, 0.f}, acc[HEAD_DIM / 16][4] = {};
   int next = first + DEPTH * STRIDE, page = page_of(next);
   for (int base = first; base < length; base += DEPTH * STRIDE) {
 #pragma unroll
@@ -173,20 +178,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #pragma unroll
       for (int i = 0; i < PIECES; i++)
 #pragma unroll
-        for (int m = 0; m < EACH / 4; m++) {
-#if KIND == 0
-          const u32 *p = ring[j].k[0][i] + 2 * m, *o = ring[j].k[1][i] + 2 * m;
-          multiply(s, p[0], o[0], p[1], o[1], q[i][m][0], q[i][m][1]);
-#else
-          u32 p[2], o[2];
-          to_halves(ring[j].k[0][i][m], p);
-          to_halves(ring[j].k[1][i][m], o);
-          multiply(s, p[0], o[0], p[1], o[1], q[i][m][0], q[i][m][1]);
-#endif
-        }
+        for (int m = 0; m < EACH / 4; m++)
+          multiply(
+              s, pair_of(ring[j].k[0][i], 2 * m), pair_of(ring[j].k[1][i], 2 * m), pair_of(ring[j].k[0][i], 2 * m + 1),
+              pair_of(ring[j].k[1][i], 2 * m + 1), q[i][m][0], q[i][m][1]);
       float by[2] = {a.softmax_scale, a.softmax_scale}, value_by[2] = {1.f, 1.f};
       if (KIND) {
-        const float scale = half_to_float(ring[j].scale);
+        const float scale = half_to_float(ring[j].scale) * (lane < 16 ? 1.f : CODE);
 #pragma unroll
         for (int side = 0; side < 2; side++) {
           by[side] *= __shfl_sync(~0u, scale, g + side * 8);
@@ -202,36 +200,22 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #pragma unroll
         for (int step = 4; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
         top = fmaxf(top, peak[h]);
-        shrink[h] = exp2f(peak[h] - top);
+        shrink[h] = power_of_2(peak[h] - top);
         peak[h] = top;
-        s[h] = exp2f(s[h] - top);
-        s[2 + h] = exp2f(s[2 + h] - top);
+        s[h] = power_of_2(s[h] - top);
+        s[2 + h] = power_of_2(s[2 + h] - top);
         total[h] = total[h] * shrink[h] + s[h] + s[2 + h];
       }
-      __syncwarp();  // the weights of the tile before have been read
-      if (2 * t < HEADS) {
-        *(float2*)&weights[warp][g][2 * t] = make_float2(s[0] * value_by[0], s[1] * value_by[0]);
-        *(float2*)&weights[warp][g + 8][2 * t] = make_float2(s[2] * value_by[1], s[3] * value_by[1]);
-        if (g == 0) *(float2*)&weights[warp][TILE][2 * t] = make_float2(shrink[0], shrink[1]);
-      }
-      __syncwarp();
-      float w[HEADS];
+      const u32 near = transpose(pack(s[0] * value_by[0], s[1] * value_by[0]));
+      const u32 far = transpose(pack(s[2] * value_by[1], s[3] * value_by[1]));
 #pragma unroll
-      for (int i = 0; i < HEADS; i += 4) *(float4*)(w + i) = *(const float4*)&weights[warp][TILE][i];
+      for (int m = 0; m < HEAD_DIM / 16; m++) {
+        const int i = 2 * m / HALVES, n = 2 * m % HALVES;
 #pragma unroll
-      for (int i = 0; i < GROUP; i++)
-#pragma unroll
-        for (int d = 0; d < 8; d++) acc[i][d] *= w[i];
-#pragma unroll
-      for (int n = 0; n < VALUES; n++) {
-#pragma unroll
-        for (int i = 0; i < HEADS; i += 4) *(float4*)(w + i) = *(const float4*)&weights[warp][n * TOKENS + mine][i];
-        float v[8];
-        widen(ring[j].v[n], v);
-#pragma unroll
-        for (int i = 0; i < GROUP; i++)
-#pragma unroll
-          for (int d = 0; d < 8; d++) acc[i][d] += w[i] * v[d];
+        for (int e = 0; e < 4; e++) acc[m][e] *= shrink[e % 2];
+        multiply(
+            acc[m], transpose(pair_of(ring[j].v[0][i], n)), transpose(pair_of(ring[j].v[0][i], n + 1)),
+            transpose(pair_of(ring[j].v[1][i], n)), transpose(pair_of(ring[j].v[1][i], n + 1)), near, far);
       }
       if (next < length) {
         if (next + TILE > length) ring[j] = {};  // tokens past the end count as zeros, not as what was there before
@@ -242,7 +226,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     }
   }
 
-  // Lanes that hold the same dimensions of other tokens, then warps, then blocks.
+  // Lanes that hold other tokens' totals, then warps, then blocks.
 #pragma unroll
   for (int h = 0; h < 2; h++)
 #pragma unroll
@@ -252,12 +236,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     *(float2*)&totals[warp][2 * t] = make_float2(total[0], total[1]);
   }
 #pragma unroll
-  for (int i = 0; i < GROUP; i++)
+  for (int m = 0; m < HEAD_DIM / 16; m++)
 #pragma unroll
-    for (int d = 0; d < 8; d++) {
-#pragma unroll
-      for (int step = LANES; step < 32; step *= 2) acc[i][d] += __shfl_xor_sync(~0u, acc[i][d], step);
-      if (lane < LANES) parts[warp][i * HEAD_DIM + part * 8 + d] = acc[i][d];
+    for (int e = 0; e < 4; e++) {
+      // Row g of the sums is column g of the first pair's matrix, row g + 8 of the second's.
+      const int d = (2 * m / HALVES * 4 + g / 2) * EACH + (2 * m % HALVES + e / 2) * 2 + g % 2, i = 2 * t + e % 2;
+      if (i < GROUP) parts[warp][i * HEAD_DIM + d] = acc[m][e];
     }
   __syncthreads();
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -267,7 +251,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #pragma unroll
     for (int w = 1; w < WARPS; w++) top = fmaxf(top, peaks[w][i]);
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) sum += parts[w][at] * exp2f(peaks[w][i] - top);
+    for (int w = 0; w < WARPS; w++) sum += parts[w][at] * power_of_2(peaks[w][i] - top);
     send(&inbox[rank][at % SHARE], at / SHARE, sum);
   }
   for (int at = threadIdx.x; at < GROUP * CLUSTER; at += THREADS) {
@@ -276,7 +260,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #pragma unroll
     for (int w = 1; w < WARPS; w++) top = fmaxf(top, peaks[w][i]);
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) all += totals[w][i] * exp2f(peaks[w][i] - top);
+    for (int w = 0; w < WARPS; w++) all += totals[w][i] * power_of_2(peaks[w][i] - top);
     send(&inbox_peaks[rank][i], at / GROUP, top);
     send(&inbox_totals[rank][i], at / GROUP, all);
   }
@@ -288,12 +272,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     for (int c = 0; c < CLUSTER; c++) top = fmaxf(top, inbox_peaks[c][i]);
 #pragma unroll
     for (int c = 0; c < CLUSTER; c++) {
-      const float by = exp2f(inbox_peaks[c][i] - top);
+      const float by = power_of_2(inbox_peaks[c][i] - top);
       sum += inbox[c][own] * by;
       all += inbox_totals[c][i] * by;
     }
     u32 packed;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(0.f), "f"(sum / all));
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(0.f), "f"(sum / (all * CODE)));
     a.out[(size_t)row * a.stride_out + head * SIZE + at] = (u16)packed;
   }
 }

@@ -1,6 +1,7 @@
 """Launch of decode.cu."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -19,7 +20,27 @@ def fits(heads: int, kv_heads: int, head_dim: int, page: int) -> bool:
     return head_dim in (64, 128) and heads % kv_heads == 0 and heads // kv_heads <= 8 and page % 16 == 0
 
 
-def decode_few(
+class Shape(NamedTuple):
+    """Blocks per (row, KV head), 1 to 16; tiles of 16 tokens that a warp has on their way; warps of a block."""
+
+    cluster: int
+    depth: int
+    warps: int
+
+
+def choose_shape(rows: int, kv_heads: int, head_dim: int, itemsize: int) -> Shape:
+    """Measured on an H200 at 1 to 256 rows of both models: clusters while there are few programs, then few warps with much in flight."""
+    programs = rows * kv_heads
+    if programs <= 64:
+        return Shape(8, 1, 4)
+    if programs <= 256:
+        return Shape(256 // head_dim, 1, 4)
+    if itemsize == 1:
+        return Shape(128 // head_dim, 1, 4)
+    return Shape(1, 2, 4 if head_dim == 64 and programs <= 1024 else 2)
+
+
+def decode_clusters(
     query: torch.Tensor,
     cache: torch.Tensor,
     scales: torch.Tensor | None,
@@ -28,24 +49,22 @@ def decode_few(
     positions: torch.Tensor,
     out: torch.Tensor,
     heads: int,
-    cluster: int = 8,
-    depth: int = 2,
-    warps: int = 4,
+    shape: Shape | None = None,
     pdl: bool = True,
 ) -> torch.Tensor:
     """Attention of one token per row over cached positions 0 … position, its own included.
 
     Tensors as for `paged_attention.kernel.decode`. The kernel before it in the stream may be the one that writes the query and the
     newest keys and values, but `positions`, `slots`, `tables` and all older keys must come from kernels that ended before that one
-    let this one start. cluster: blocks per row and KV head, 1 to 16;
-    depth: tiles of 16 tokens per warp on their way.
+    let this one start.
     """
     _, _, kv_heads, page, dim = cache.shape
+    cluster, depth, warps = shape or choose_shape(query.shape[0], kv_heads, dim, cache.element_size())
     options = {
         "HEAD_DIM": dim, "GROUP": heads // kv_heads, "KV_HEADS": kv_heads, "PAGE": page, "CLUSTER": cluster, "WARPS": warps,
         "DEPTH": depth, "KIND": KINDS[cache.dtype],
     }  # fmt: skip
-    kernel = build(SOURCE, "few_rows_attention", tuple(options.items()), query.device.index)
+    kernel = build(SOURCE, "cluster_attention", tuple(options.items()), query.device.index)
     kernel.allow(0, large_cluster=cluster > 8)
     arguments = _Args(
         query.data_ptr(), cache.data_ptr(), 0 if scales is None else scales.data_ptr(), tables.data_ptr(), slots.data_ptr(),
