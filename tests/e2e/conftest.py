@@ -1,7 +1,10 @@
 """A pipeline small enough to run whole in a test: 160 short rows, one trial pair, one epoch."""
 
 import json
+import os
 import random
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,6 +49,12 @@ def write_pipeline(directory: Path, port: int) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pipeline")
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory on a small disk of its own where this user may mount one."""
+    made = tmp_path_factory.mktemp("pipeline")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(made)]
+    mounted = os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0
+    yield made
+    if mounted:
+        subprocess.run(["umount", "--lazy", str(made)], check=True)

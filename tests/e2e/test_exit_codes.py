@@ -1,5 +1,7 @@
 """A script can tell what went wrong from the exit code alone, however deep the error was wrapped."""
 
+import errno
+
 import pytest
 
 from altiplano.cluster.processes import PortBusyError
@@ -15,6 +17,7 @@ from altiplano.registry import RegistryUnavailableError
         (AuditError("row 3"), outcome.BAD_INPUT),
         (RegistryUnavailableError("MLflow is away"), outcome.UNAVAILABLE),
         (PortBusyError("8000"), outcome.BUSY),
+        (OSError(errno.ENOSPC, "No space left on device"), outcome.NO_SPACE),
         (ZeroDivisionError("ours"), outcome.FAILED),
     ],
 )

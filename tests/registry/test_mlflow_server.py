@@ -106,8 +106,7 @@ def test_what_a_killed_process_measured_is_sent_by_the_next_one(server: ServerIn
     )
     assert subprocess.run([sys.executable, "-c", code, run.run_id, str(spool)]).returncode == -9
     (left,) = [path for path in spool.glob("*.jsonl") if path.stat().st_size]
-    # The address that the dead process was given is gone; its successor's server is the one that answers.
-    left.write_text(left.read_text().replace("http://127.0.0.1:9", server.uri))
+    # The server has moved since: nothing answers at the address that the dead process was given.
     Tracker(server.uri, "killed", str(spool))
     history = MlflowClient(server.uri).get_metric_history(run.run_id, "train/loss")
     assert [(m.step, m.value) for m in history] == [(step, 5.0 - step) for step in range(5)]

@@ -1,7 +1,10 @@
 """Nodes that go: one that is killed and one that is given notice. The run ends as an undisturbed one does."""
 
+import os
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
+from altiplano import spec
 from altiplano.data import Prepared
 from altiplano.train import TrainResult, fit
 
@@ -49,33 +53,40 @@ def nodes() -> Iterator[Cluster]:
         cluster.shutdown()
 
 
+def settings(rows: Path) -> spec.Pipeline:
+    return pipeline(rows, scaling={"num_workers": 2}, training={"num_train_epochs": 5, "save_steps": SAVE_STEPS})
+
+
+def wait_for_checkpoint(run_dir: Path, alive: Callable[[], bool], *, regular: bool) -> bool:
+    """Until there is a whole checkpoint that was (not) made on schedule; False when the run ends without one."""
+    pause = threading.Event()
+    while alive():
+        steps = [int(p.parent.name.removeprefix("step-")) for p in run_dir.glob("step-*/manifest.sha256.json")]
+        if any((step % SAVE_STEPS == 0) is regular for step in steps):
+            return True
+        pause.wait(0.05)
+    return False
+
+
 class Run:
     """A run of two workers in a thread: Ray wants nodes to be added from the main one."""
 
     def __init__(self, rows: Path, prepared: PreparedData, out: Path) -> None:
         self.checkpoints = out / "test"
         self.result: TrainResult | BaseException | None = None
-        settings = pipeline(rows, scaling={"num_workers": 2}, training={"num_train_epochs": 5, "save_steps": SAVE_STEPS})
 
         def work() -> None:
             try:
-                self.result = fit(settings, prepared[0], out, sink=Nowhere(), name="test")
+                self.result = fit(settings(rows), prepared[0], out, sink=Nowhere(), name="test")
             except BaseException as error:
                 self.result = error
 
         self._thread = threading.Thread(target=work, daemon=True)
         self._thread.start()
 
-    def wait_for_checkpoint(self, *, regular: bool) -> int:
-        """The step of the first whole checkpoint that was (not) made on schedule."""
-        pause = threading.Event()
-        while self._thread.is_alive():
-            steps = [int(p.parent.name.removeprefix("step-")) for p in self.checkpoints.glob("step-*/manifest.sha256.json")]
-            found = [step for step in steps if (step % SAVE_STEPS == 0) is regular]
-            if found:
-                return min(found)
-            pause.wait(0.05)
-        pytest.fail(f"the run ended without such a checkpoint: {self.result}")
+    def wait_for_checkpoint(self, *, regular: bool) -> None:
+        if not wait_for_checkpoint(self.checkpoints, self._thread.is_alive, regular=regular):
+            pytest.fail(f"the run ended without such a checkpoint: {self.result}")
 
     def finish(self) -> TrainResult:
         self._thread.join()
@@ -87,6 +98,18 @@ class Run:
 @pytest.fixture(scope="module")
 def undisturbed(nodes: Cluster, rows: Path, prepared: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     return Run(rows, prepared, tmp_path_factory.mktemp("undisturbed")).finish()
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+import ray
+from tests.train.conftest import Nowhere
+from tests.train.test_nodes import ENVIRONMENT, settings
+from altiplano.train import fit
+ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False, runtime_env={"env_vars": ENVIRONMENT})
+fit(settings(Path(sys.argv[2])), Path(sys.argv[3]), Path(sys.argv[4]), sink=Nowhere(), name="test")
+"""
 
 
 def check_equal(result: TrainResult, expected: TrainResult) -> None:
@@ -120,3 +143,15 @@ def test_a_node_that_is_given_notice_leaves_a_checkpoint_first(
     nodes.remove_node(leaving, allow_graceful=False)
     nodes.add_node(num_cpus=1)
     check_equal(run.finish(), undisturbed)
+
+
+def test_a_killed_driver_is_followed_by_another(
+    nodes: Cluster, rows: Path, prepared: PreparedData, undisturbed: TrainResult, tmp_path: Path
+) -> None:
+    arguments = [nodes.address, str(rows), str(prepared[0]), str(tmp_path)]
+    root = Path(__file__).parents[2]
+    first = subprocess.Popen([sys.executable, "-c", DRIVER, *arguments], env=os.environ | {"PYTHONPATH": str(root)}, cwd=root)
+    assert wait_for_checkpoint(tmp_path / "test", lambda: first.poll() is None, regular=True)
+    first.kill()
+    first.wait()
+    check_equal(Run(rows, prepared, tmp_path).finish(), undisturbed)

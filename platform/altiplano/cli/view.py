@@ -35,6 +35,11 @@ def follow(workspace: Workspace, offset: int, driver_code: Callable[[], int | No
             if screen.code is not None or ended is not None:
                 break
             time.sleep(POLL_S)
+    if screen.code is None and workspace.is_full():
+        from altiplano.pipeline.outcome import NO_SPACE
+
+        problem(workspace.no_space)
+        return NO_SPACE
     if screen.code is None:
         problem(
             f"the driver ended without a word (exit code {ended}): see {workspace.log_file}; run the same command again to go on"

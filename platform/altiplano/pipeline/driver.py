@@ -4,6 +4,7 @@
 output ("ready", or why not), and writes everything after that to the run's event file.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from altiplano import spec
 from altiplano.pipeline.events import EventLog
-from altiplano.pipeline.outcome import FAILED, OK, UNAVAILABLE, finish
+from altiplano.pipeline.outcome import FAILED, NO_SPACE, OK, finish
 from altiplano.pipeline.run import StageError, run_pipeline
 from altiplano.pipeline.services import ServiceError
 from altiplano.pipeline.workspace import READY, Workspace, WorkspaceBusyError, WorkspaceError, write_json
@@ -19,19 +20,18 @@ from altiplano.pipeline.workspace import READY, Workspace, WorkspaceBusyError, W
 
 def run(pipeline: spec.Pipeline, workspace: Workspace, events: EventLog) -> int:
     """Run `pipeline` under the workspace's lock, which the caller holds; returns the exit code of the run."""
-    write_json(workspace.pipeline_file, pipeline.model_dump(mode="json"))
     try:
+        write_json(workspace.pipeline_file, pipeline.model_dump(mode="json"))
         records = run_pipeline(pipeline, workspace, events)
-    except ServiceError as error:
-        events.emit("run_finished", code=UNAVAILABLE, error=str(error))
-        return UNAVAILABLE
-    except StageError as error:
-        code = finish(error)
-        events.emit("run_finished", code=code, error=str(error))
-        return code
     except Exception as error:
-        events.emit("run_finished", code=FAILED, error=f"{type(error).__name__}: {error}")
-        raise
+        code = finish(error)
+        ours = isinstance(error, (StageError, ServiceError, WorkspaceError))
+        text = workspace.no_space if code == NO_SPACE else str(error) if ours else f"{type(error).__name__}: {error}"
+        with contextlib.suppress(OSError):  # on a full disk; whoever follows the events looks at the disk too
+            events.emit("run_finished", code=code, error=text)
+        if code == FAILED and not ours:
+            raise
+        return code
     code = OK if records["gate"].outputs["decision"] == "promote" else finish(None)
     events.emit("run_finished", code=code)
     return code

@@ -3,7 +3,7 @@
 from altiplano.cluster.processes import PortBusyError
 from altiplano.pipeline.run import StageError
 from altiplano.pipeline.services import ServiceError
-from altiplano.pipeline.workspace import WorkspaceBusyError
+from altiplano.pipeline.workspace import WorkspaceBusyError, out_of_space
 from altiplano.registry import RegistryUnavailableError
 
 OK = 0
@@ -12,6 +12,7 @@ BAD_INPUT = 2  # the file, the data or an argument must change
 NOT_PROMOTED = 3  # the pipeline ran, the gate did not promote the candidate
 UNAVAILABLE = 4  # Ray, MLflow, the object store or the endpoint does not answer
 BUSY = 5  # another pipeline holds the workspace, or a port is taken
+NO_SPACE = 6  # the workspace's disk is full
 
 _CODES: tuple[tuple[type[BaseException], int], ...] = (
     (PortBusyError, BUSY),
@@ -23,11 +24,13 @@ _CODES: tuple[tuple[type[BaseException], int], ...] = (
 )
 
 
-def finish(error: StageError | None) -> int:
-    """The exit code for a failed stage, or (None) for a run whose candidate was not promoted."""
+def finish(error: BaseException | None) -> int:
+    """The exit code for what a run raised, or (None) for a run whose candidate was not promoted."""
     if error is None:
         return NOT_PROMOTED
-    cause: BaseException | None = error.cause
+    if out_of_space(error):
+        return NO_SPACE
+    cause: BaseException | None = error.cause if isinstance(error, StageError) else error
     while cause is not None:
         for kind, code in _CODES:
             if isinstance(cause, kind):

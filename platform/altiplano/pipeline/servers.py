@@ -34,6 +34,6 @@ def bring_up(root: Path, say: Callable[[str], None]) -> list[tuple[str, str]]:
     record = Ledger(workspace).latest("deploy") if pipeline else None
     if pipeline is not None and record is not None and record.outputs["url"]:
         say(f"deploying version {record.outputs['version']}")
-        redeploy(pipeline, record)
+        redeploy(pipeline, record, running, root)
         lines.append(("endpoint", record.outputs["url"]))
     return lines

@@ -74,11 +74,21 @@ def _mlflow(tracking: spec.Tracking, root: Path, say: Callable[[str], None]) -> 
         return running
     say("starting MLflow")
     try:
-        info = start_server(root / "mlflow", processes.free_port(), tracking.backend_store_uri)
+        info = start_server(root / "mlflow", _same_port(root), tracking.backend_store_uri)
     except MlflowServerError as error:
         raise ServiceError(str(error)) from error
     write_json(_mlflow_state(root), asdict(info))
     return info.uri
+
+
+def _same_port(root: Path) -> int:
+    """The port that this workspace's server had before, if it is free: links to it stay good."""
+    try:
+        port = int(json.loads(_mlflow_state(root).read_text())["uri"].rsplit(":", 1)[1])
+        processes.require_free("127.0.0.1", port, "the port")
+    except (OSError, ValueError, KeyError, TypeError, processes.PortBusyError):
+        return processes.free_port()
+    return port
 
 
 def _mlflow_state(root: Path) -> Path:

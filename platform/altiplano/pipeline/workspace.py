@@ -1,8 +1,10 @@
 """Where a pipeline keeps its state on disk, and the lock that keeps two pipelines out of one workspace."""
 
+import errno
 import fcntl
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,6 +75,15 @@ class Workspace:
     def stage_dir(self, stage: str) -> Path:
         return self.run_dir / stage
 
+    @property
+    def no_space(self) -> str:
+        """What to tell a user whose disk is full."""
+        return f"no space left on the disk of {self.root}: free some, or change run.storage_path, and run the same command again; finished stages are kept"
+
+    def is_full(self) -> bool:
+        """Whether the disk has no room for even an event."""
+        return shutil.disk_usage(self.root).free < 1 << 20
+
     def create(self) -> None:
         """Make the directories, or say why they cannot be made."""
         try:
@@ -106,6 +117,16 @@ class Workspace:
             yield
         finally:
             os.close(descriptor)
+
+
+def out_of_space(error: BaseException) -> bool:
+    """Whether a full disk (or an exhausted quota) is what `error` comes from."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        cause = getattr(cause, "cause", None) or cause.__cause__ or cause.__context__
+    return False
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -96,8 +96,11 @@ class Spool:
             time.sleep(SEND_INTERVAL_S if sent else RETRY_INTERVAL_S)
 
 
-def replay(directory: Path) -> int:
-    """Send what ended processes left in `directory`; returns how many files went out. Files that cannot be sent stay."""
+def replay(directory: Path, tracking_uri: str) -> int:
+    """Send what ended processes left in `directory`; returns how many files went out. Files that cannot be sent stay.
+
+    Entries go where their process would have sent them, or to `tracking_uri` when the server of their run has moved there.
+    """
     done = 0
     for path in sorted(directory.glob("*.jsonl"), key=lambda p: p.stat().st_mtime):
         with path.open("r+") as stream:
@@ -106,10 +109,20 @@ def replay(directory: Path) -> int:
             except BlockingIOError:
                 continue  # its writer lives, or somebody else is sending it
             entries = [json.loads(line) for line in stream.read().splitlines() if line.endswith("}")]
-            if not entries or _send(client(entries[0]["uri"]), entries):
+            if not entries or _send(client(entries[0]["uri"]), entries) or _send_moved(client(tracking_uri), entries):
                 path.unlink(missing_ok=True)
                 done += bool(entries)
     return done
+
+
+def _send_moved(to: MlflowClient, entries: list[dict[str, Any]]) -> bool:
+    """Send to another server than the one that was named, if it knows all of the runs."""
+    try:
+        for run_id in {entry["run_id"] for entry in entries}:
+            to.get_run(run_id)
+    except (MlflowException, OSError):
+        return False
+    return _send(to, entries)
 
 
 def _send(to: MlflowClient, entries: list[dict[str, Any]]) -> bool:

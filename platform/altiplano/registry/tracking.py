@@ -35,7 +35,7 @@ class Tracker:
         self._spool = Spool(tracking_uri, self._spool_dir)
         self._uri = tracking_uri
         try:
-            replay(self._spool_dir)
+            replay(self._spool_dir, tracking_uri)
             found = self._client.get_experiment_by_name(experiment_name)
             self._experiment = found.experiment_id if found else self._client.create_experiment(experiment_name)
         except (MlflowException, OSError) as error:
@@ -72,7 +72,7 @@ class Tracker:
 
     def flush(self, timeout_s: float) -> bool:
         """Send everything, of ended processes too; False when something has to wait for the next time."""
-        replay(self._spool_dir)
+        replay(self._spool_dir, self._uri)
         return self._spool.flush(timeout_s)
 
     def _resume(self, run_id: str | None) -> Run | None:

@@ -168,8 +168,8 @@ def _result(grid: ResultGrid, tune: spec.Tune) -> SweepResult:
 
 
 def _trial_name(trial: Trial) -> str:
-    """`trial-00003`: the number that Ray gives, without its random part."""
-    return f"trial-{trial.trial_id.rsplit('_', 1)[-1]}"
+    """`trial-003` is the third that was suggested; Ray's own ids are random."""
+    return f"trial-{int(trial.experiment_tag.split('_', 1)[0]):03d}"
 
 
 def _named(function: Any) -> Callable[[dict[str, Any]], None]:

@@ -14,8 +14,10 @@ from altiplano.models.loading import resolve_model_path
 from altiplano.models.manifest import verify_manifest
 from altiplano.pipeline.context import Context, Stage
 from altiplano.pipeline.ledger import Outputs, Record
+from altiplano.pipeline.serving import serve_control
+from altiplano.pipeline.services import Services
 from altiplano.registry import ModelRegistry
-from altiplano.serve import ServeSettings, deploy, is_serving
+from altiplano.serve import ServeSettings, deploy
 from altiplano.serve.keys import KeyFile
 
 CHAMPION = "champion"
@@ -42,9 +44,10 @@ def _run(context: Context) -> Outputs:
     adapter = registry.download(name, champion.version, context.workspace.stage_dir("deploy") / f"{name}-{champion.version}")
     context.progress("deploy", f"{name} version {champion.version} on {pipeline.serve.host}:{pipeline.serve.port}")
     digest = context.outputs("data")["template_digest"]
-    if not is_serving():
+    control = serve_control(context.services, context.workspace.root)
+    if control.listening() != (pipeline.serve.host, pipeline.serve.port):
         require_free(pipeline.serve.host, pipeline.serve.port, "serve.port")
-    deploy(_settings(pipeline, f"{name}-{champion.version}", str(adapter), digest), pipeline.serve)
+    deploy(_settings(pipeline, f"{name}-{champion.version}", str(adapter), digest), pipeline.serve, control)
     url = f"http://{pipeline.serve.host}:{pipeline.serve.port}/v1"
     question, answer = _ask(url, context)
     context.tracked.set_tags({"altiplano.endpoint": url, "altiplano.version": str(champion.version)})
@@ -59,12 +62,12 @@ def _run(context: Context) -> Outputs:
     }
 
 
-def redeploy(pipeline: spec.Pipeline, record: Record) -> None:
+def redeploy(pipeline: spec.Pipeline, record: Record, services: Services, root: Path) -> None:
     """Deploy again what an earlier run deployed, without the registry."""
     outputs = record.outputs
     verify_manifest(Path(outputs["adapter_path"]))
     served = Path(outputs["adapter_path"]).name
-    deploy(_settings(pipeline, served, outputs["adapter_path"], outputs["template_digest"]), pipeline.serve)
+    deploy(_settings(pipeline, served, outputs["adapter_path"], outputs["template_digest"]), pipeline.serve, serve_control(services, root))
 
 
 def _settings(pipeline: spec.Pipeline, served: str, adapter: str, template_digest: str) -> ServeSettings:

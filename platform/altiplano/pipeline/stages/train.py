@@ -1,14 +1,42 @@
 """The final fine-tune with the settings that the sweep found, on all workers."""
 
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from altiplano import spec
 from altiplano.models.manifest import verify_manifest
 from altiplano.pipeline.context import Context, Stage
+from altiplano.pipeline.events import EventLog
 from altiplano.pipeline.ledger import Outputs
 from altiplano.registry import MlflowSink
 from altiplano.spec.loader import resolve_overrides
 from altiplano.train import fit
+
+
+@dataclass(frozen=True)
+class LiveSink:
+    """Metrics go to MLflow; whoever follows the run sees them as progress. Used on rank 0, in the worker's process."""
+
+    mlflow: MlflowSink
+    events_path: str
+    total_tokens: float
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        self.mlflow.log_metrics(metrics, step)
+        if "train/loss" not in metrics:
+            return
+        share = min(1.0, metrics["train/tokens_seen"] / max(1.0, self.total_tokens))
+        text = f"step {step}, {share:.0%} of {self.total_tokens:,.0f} tokens, loss {metrics['train/loss']:.3f}, {metrics['train/tokens_per_second']:,.0f} tokens/s"
+        with contextlib.suppress(OSError):  # a line for people must not stop a training
+            log = EventLog(Path(self.events_path))
+            log.emit("progress", stage="train", text=text)
+            log.close()
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        self.mlflow.set_tags(tags)
 
 
 def tuned(context: Context) -> spec.Pipeline:
@@ -30,7 +58,9 @@ def _inputs(context: Context) -> dict[str, Any]:
 def _run(context: Context) -> Outputs:
     pipeline = tuned(context)
     context.tracked.log_params(_params(pipeline))
-    sink = MlflowSink(context.services.tracking_uri, context.tracked.run_id, str(context.workspace.spool_dir))
+    mlflow = MlflowSink(context.services.tracking_uri, context.tracked.run_id, str(context.workspace.spool_dir))
+    tokens = context.outputs("data")["tokens"] * pipeline.training.num_train_epochs
+    sink = LiveSink(mlflow, str(context.workspace.events_file.resolve()), tokens)
     result = fit(
         pipeline,
         context.workspace.stage_dir("data"),
