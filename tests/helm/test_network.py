@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 from support import charts, network, pods
-from support.charts import Object
-from support.matrix import MATRIX, MONITORING, OUTSIDE, merged
+from support.charts import Object, merged
+from support.matrix import MATRIX, MONITORING, OUTSIDE
 
 STRANGER: Object = {"metadata": {"namespace": "elsewhere", "labels": {"app": "stranger"}}}
 NEIGHBOUR: Object = {"metadata": {"namespace": charts.NAMESPACE, "labels": {"app": "neighbour"}}}

@@ -76,7 +76,7 @@ def test_serve_takes_its_config(chart: Path, helm4: charts.Helm4, name: str) -> 
 
 def test_the_deployment_is_the_one_in_the_code(chart: Path, helm4: charts.Helm4) -> None:
     (application,) = _serve_config(chart, helm4, {})["applications"]
-    assert [deployment["name"] for deployment in application["deployments"]] == [Endpoint.name]
+    assert [deployment["name"] for deployment in application["deployments"]] == [Endpoint.name]  # type: ignore[attr-defined]  # Serve's decorator
 
 
 def test_the_import_path_resolves(chart: Path, helm4: charts.Helm4) -> None:

@@ -129,6 +129,13 @@ def test_values_of_former_releases_still_render(chart: Path, helm4: charts.Helm4
     assert charts.of_kind(helm4.template(chart, yaml.safe_load(file.read_text())), "RayService")
 
 
+def test_a_gpu_cluster_needs_five_values() -> None:
+    def leaves(value: Any) -> int:
+        return sum(leaves(child) for child in value.values()) if isinstance(value, dict) else 1
+
+    assert leaves(charts.values_file("values-gpu.yaml")) == 5
+
+
 def test_sections_may_be_empty(chart: Path, helm4: charts.Helm4) -> None:
     values = yaml.safe_load((chart / "values.yaml").read_text())
     wanted = helm4.template(chart, {})

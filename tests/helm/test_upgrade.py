@@ -23,6 +23,7 @@ SMALL: Values = {
     "storage": {"workspace": {"enabled": False}},
 }
 SCRIPT = runpy.run_path(str(charts.CHART / "files" / "apply_raycluster.py"), run_name="apply_raycluster")
+Api: Any = SCRIPT["Api"]
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def release(request: pytest.FixtureRequest, chart: Path, cluster: Cluster, tmp_p
     return releases.Releases3(chart, cluster, request.getfixturevalue("helm3"), tmp_path)
 
 
-class Autoscaler(IKubernetesHttpApiClient):
+class Autoscaler(IKubernetesHttpApiClient):  # type: ignore[misc]  # Ray ships no types
     """Ray's own autoscaler provider; only the way to the server is ours: plain HTTP without a service account."""
 
     def __init__(self, cluster: Cluster) -> None:
@@ -215,9 +216,9 @@ def _cluster_with(cluster: Cluster, raycluster: Object) -> None:
 def test_the_autoscaler_may_be_faster(cluster: Cluster) -> None:
     """It patches between our read and our write: we read again, and its count is kept."""
     _cluster_with(cluster, _wanted(replicas=1))
-    scaled = []
+    scaled: list[bool] = []
 
-    class Racing(SCRIPT["Api"]):  # type: ignore[misc]  # a class of a script
+    class Racing(Api):  # type: ignore[misc]  # a class of a script
         def apply(self, path: str, body: Object) -> Object:
             if not scaled:
                 scaled.append(True)
@@ -232,7 +233,7 @@ def test_the_autoscaler_may_be_faster(cluster: Cluster) -> None:
 def test_a_cluster_that_never_rests_ends_with_advice(cluster: Cluster) -> None:
     _cluster_with(cluster, _wanted(replicas=1))
 
-    class Restless(SCRIPT["Api"]):  # type: ignore[misc]  # a class of a script
+    class Restless(Api):  # type: ignore[misc]  # a class of a script
         def apply(self, path: str, body: Object) -> Object:
             raycluster = cluster.get("rayclusters", JOBS)
             cluster.update(
@@ -247,4 +248,4 @@ def test_a_cluster_that_never_rests_ends_with_advice(cluster: Cluster) -> None:
 
 def test_a_cluster_without_kuberay_ends_with_advice(cluster: Cluster) -> None:
     with pytest.raises(SCRIPT["ApplyError"], match=r"install KubeRay 1\.5\.1 or newer"):
-        SCRIPT["apply"](SCRIPT["Api"](cluster.url + "/nowhere", "", None), _wanted(), JOBS)
+        SCRIPT["apply"](Api(cluster.url + "/nowhere", "", None), _wanted(), JOBS)

@@ -14,7 +14,7 @@ applications:
     import_path: {{ $values.importPath }}
     args:
       model: {{ $values.model | quote }}
-      served_model_name: {{ $values.servedModelName | quote }}
+      served_model_name: {{ include "altiplano.servedModelName" . | quote }}
       {{- if $values.apiKeys }}
       api_keys_file: /etc/altiplano/keys/api-keys.json
       {{- end }}

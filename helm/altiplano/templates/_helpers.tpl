@@ -153,7 +153,7 @@ http://{{ include "altiplano.mlflowName" . }}:5000
 {{- end }}
 {{- end -}}
 
-{{/* {root, name, values}: a PersistentVolumeClaim of ours. */}}
+{{/* {root, name, component, values, class}: a PersistentVolumeClaim of ours; `class` is the storage class where the values name none. */}}
 {{- define "altiplano.claim" -}}
 apiVersion: v1
 kind: PersistentVolumeClaim
@@ -167,7 +167,7 @@ metadata:
   {{- end }}
 spec:
   accessModes: {{- toYaml .values.accessModes | nindent 4 }}
-  {{- with .values.storageClassName }}
+  {{- with .values.storageClassName | default .class }}
   storageClassName: {{ . | quote }}
   {{- end }}
   resources:
@@ -180,4 +180,8 @@ spec:
 {{- if or (and .Values.rayCluster.enabled .Values.rayCluster.gcsFaultTolerance) (and .Values.endpoint.enabled .Values.endpoint.gcsFaultTolerance) -}}
 true
 {{- end -}}
+{{- end -}}
+
+{{- define "altiplano.servedModelName" -}}
+{{- .Values.endpoint.servedModelName | default (.Values.endpoint.model | base | lower) -}}
 {{- end -}}

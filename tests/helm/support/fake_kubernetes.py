@@ -47,6 +47,7 @@ class Refusal(Exception):
 
     def __init__(self, code: int, reason: str, message: str) -> None:
         super().__init__(message)
+        self.code = code
         self.status = {
             "kind": "Status",
             "apiVersion": "v1",
@@ -236,14 +237,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(lambda: self.cluster.delete(self._existing()))
 
     def _answer(self, act: Any) -> None:
-        code, answer, ran = 200, {}, None
+        code, ran = 200, None
+        answer: Object = {}
         with self.cluster.lock:
             try:
                 answer = act()
                 if self.command in ("POST", "PATCH") and answer.get("kind") == "Job" and "status" not in answer:
                     ran = ("jobs", answer["metadata"]["name"])
             except Refusal as refusal:
-                code, answer = refusal.status["code"], refusal.status
+                code, answer = refusal.code, refusal.status
         if ran:
             # Outside the lock: the job talks to us.
             self.cluster.run_job(ran)
