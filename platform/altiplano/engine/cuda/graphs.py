@@ -1,17 +1,21 @@
 """Whole decode steps as CUDA graphs, one per batch bucket, captured when first needed, in one memory pool."""
 
+import gc
 from collections.abc import Callable
 
 import torch
 
-UNROLLED = 8  # steps in one graph of a small bucket: the gap between two graphs costs as much as two kernels there
-UNROLLED_ROWS = 16
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 
 
 def bucket_of(batch: int) -> int:
     """The smallest bucket that holds `batch` rows; beyond the last one, the next multiple of 256."""
     return next((bucket for bucket in BUCKETS if bucket >= batch), -(-batch // 256) * 256)
+
+
+def unrolled(bucket: int) -> int:
+    """Steps in one graph: the gap between two graphs costs as much as several kernels of a small batch, and capture takes time."""
+    return 8 if bucket <= 16 else 4
 
 
 class DecodeGraphs:
@@ -27,11 +31,10 @@ class DecodeGraphs:
 
     def replay(self, bucket: int, times: int) -> None:
         """Launch `times` steps; the graphs must have been captured by `ensure` before the batch rows were written."""
-        if bucket <= UNROLLED_ROWS:
-            whole, times = divmod(times, UNROLLED)
-            for _ in range(whole):
-                self._graphs[bucket, UNROLLED].replay()
-        for _ in range(times):
+        steps = unrolled(bucket)
+        for _ in range(times // steps):
+            self._graphs[bucket, steps].replay()
+        for _ in range(times % steps):
             self._graphs[bucket, 1].replay()
 
     def ensure(self, bucket: int) -> None:
@@ -41,9 +44,19 @@ class DecodeGraphs:
         self._prepare(bucket)
         self._step(bucket)
         torch.cuda.synchronize()
-        for steps in (1, UNROLLED) if bucket <= UNROLLED_ROWS else (1,):
-            graph = torch.cuda.CUDAGraph()
+        for steps in (1, unrolled(bucket)):
+            self._graphs[bucket, steps] = self._capture(bucket, steps)
+
+    def _capture(self, bucket: int, steps: int) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        # A collection in the middle could free another engine's graphs, which the driver forbids during a capture.
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
             with torch.cuda.graph(graph, pool=self._pool):
                 for _ in range(steps):
                     self._step(bucket)
-            self._graphs[bucket, steps] = graph
+        finally:
+            if collecting:
+                gc.enable()
+        return graph
