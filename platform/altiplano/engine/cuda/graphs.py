@@ -14,8 +14,8 @@ def bucket_of(batch: int) -> int:
 
 
 def unrolled(bucket: int) -> int:
-    """Steps in one graph: the gap between two graphs costs as much as several kernels of a small batch, and capture takes time."""
-    return 8 if bucket <= 16 else 4
+    """Steps in one graph: the gap between two graphs costs as much as several kernels of a small batch, and little of a large one."""
+    return 8 if bucket <= 16 else 1
 
 
 class DecodeGraphs:
@@ -44,7 +44,7 @@ class DecodeGraphs:
         self._prepare(bucket)
         self._step(bucket)
         torch.cuda.synchronize()
-        for steps in (1, unrolled(bucket)):
+        for steps in {1, unrolled(bucket)}:
             self._graphs[bucket, steps] = self._capture(bucket, steps)
 
     def _capture(self, bucket: int, steps: int) -> torch.cuda.CUDAGraph:
