@@ -13,6 +13,8 @@ from pydantic import BaseModel, ValidationError
 from altiplano.serve.call import current_call
 from altiplano.serve.engine_client import EngineDiedError, RefusedError
 from altiplano.serve.errors import ApiError
+from altiplano.serve.experiment import SESSION_HEADER
+from altiplano.serve.feedback import FeedbackRequest
 from altiplano.serve.generation import Generator
 from altiplano.serve.openapi import answers, body_of, describe
 from altiplano.serve.plain import DetokenizeRequest, GenerateRequest, TokenizeRequest, generated
@@ -31,19 +33,19 @@ def add_api(app: FastAPI, make_generator: Callable[[], Generator]) -> None:
     @app.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest), responses=answers(*ANSWER, streamed=True))
     async def chat_completions(request: Request) -> Response:
         generator, body = make_generator(), await read_body(request, ChatRequest)
-        return await _answer(generator, body, [await generator.chat_prompt(body)])
+        return await _answer(request, generator, body, [await generator.chat_prompt(body)])
 
     @app.post("/v1/completions", openapi_extra=body_of(CompletionRequest), responses=answers(*ANSWER, streamed=True))
     async def completions(request: Request) -> Response:
         generator, body = make_generator(), await read_body(request, CompletionRequest)
-        return await _answer(generator, body, await generator.completion_prompts(body))
+        return await _answer(request, generator, body, await generator.completion_prompts(body))
 
     @app.post("/generate", openapi_extra=body_of(GenerateRequest), responses=answers("text", "usage", streamed=True))
     async def generate(request: Request) -> Response:
         """The text alone; a stream has the events of /v1/completions."""
         generator, body = make_generator(), await read_body(request, GenerateRequest)
         body.model = body.model or generator.settings.served_model_name
-        return await _answer(generator, body, await generator.completion_prompts(body), generated)
+        return await _answer(request, generator, body, await generator.completion_prompts(body), generated)
 
     @app.get("/v1/models", responses=answers("object", "data"))
     async def models() -> Response:
@@ -77,7 +79,7 @@ def add_api(app: FastAPI, make_generator: Callable[[], Generator]) -> None:
             raise ApiError(503, "the engine is starting: try again in a moment", code="engine_starting", retry_after=2)
         return JSONResponse({"status": "ready"})
 
-    describe(app, [ChatRequest, CompletionRequest, GenerateRequest, TokenizeRequest, DetokenizeRequest])
+    describe(app, [ChatRequest, CompletionRequest, GenerateRequest, TokenizeRequest, DetokenizeRequest, FeedbackRequest])
 
 
 async def read_body(request: Request, kind: type[T]) -> T:
@@ -102,6 +104,7 @@ async def read_body(request: Request, kind: type[T]) -> T:
 
 
 async def _answer(
+    request: Request,
     generator: Generator,
     body: ChatRequest | CompletionRequest,
     prompts: list[list[int]],
@@ -117,12 +120,16 @@ async def _answer(
             call.check_schema(schema, param)
         call.admit(body.model, sum(map(len, prompts)), len(prompts) * body.n)
     headers = {UNKNOWN_FIELDS: _listed(body.unknown)} if body.unknown else {}
+    experiment, refusable = generator.experiment, body.grammar is not None
+    if call is not None:
+        session = request.headers.get(SESSION_HEADER)
+        headers |= experiment.enter(call, body.model, session, body.user or body.safety_identifier)
     try:
         if body.stream:
-            stream = events(generator, body, prompts)
+            stream = experiment.streamed(events(generator, body, prompts), refusable=refusable)
             first = await anext(stream)
             return StreamingResponse(_resumed(first, stream), media_type="text/event-stream", headers=headers)
-        return JSONResponse(shaped(await whole(generator, body, prompts)), headers=headers)
+        return JSONResponse(shaped(await experiment.whole(whole(generator, body, prompts), refusable=refusable)), headers=headers)
     except (RefusedError, EngineDiedError) as error:
         raise as_api_error(error) from error
 

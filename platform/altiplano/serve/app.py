@@ -13,6 +13,7 @@ from altiplano.serve.call import current_call
 from altiplano.serve.connection import Connection
 from altiplano.serve.engine_client import EngineDiedError
 from altiplano.serve.errors import ApiError
+from altiplano.serve.experiment_routes import add_experiment
 from altiplano.serve.gate import Gate
 from altiplano.serve.generation import Generator
 from altiplano.serve.governance import Governance
@@ -37,7 +38,9 @@ def create_app(make_generator: Callable[[], Generator], governance: Governance |
 
     def weights_of(model: str) -> str | None:
         try:
-            return make_generator().adapter_of(model) or "base"
+            generator = make_generator()
+            # While a model is tested every request is computed: answers from memory would make an arm look faster than it is.
+            return None if generator.experiment.divides(model) else generator.adapter_of(model) or "base"
         except ApiError:
             return None
 
@@ -77,6 +80,7 @@ def create_app(make_generator: Callable[[], Generator], governance: Governance |
         return {"version": __version__}
 
     add_observability(app, governance, make_generator)
+    add_experiment(app, lambda: make_generator().experiment)
     add_page(app)
     missing = undeclared(app.routes)
     if missing:

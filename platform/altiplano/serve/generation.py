@@ -1,8 +1,10 @@
 """From a checked request to streams of text: prompts, sampling, stop strings, usage."""
 
 import asyncio
+import logging
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +16,14 @@ from altiplano.data.templates import ChatTemplate
 from altiplano.serve import messages as m
 from altiplano.serve.conversation import Message
 from altiplano.serve.detokenize import TextStream, Vocabulary
-from altiplano.serve.engine_client import EngineClient
+from altiplano.serve.engine_client import EngineClient, EngineDiedError, RefusedError
 from altiplano.serve.errors import ApiError
+from altiplano.serve.experiment import Experiment, check_user_config
 from altiplano.serve.protocol import ChatRequest, CompletionRequest
 from altiplano.serve.settings import ServeSettings
 from altiplano.serve.tools import Function
+
+log = logging.getLogger("altiplano.serve")
 
 LONG_TEXT = 8192  # characters; longer ones are divided into tokens beside the event loop
 
@@ -60,9 +65,12 @@ class Generator:
     tokenizer: Tokenizer
     template: ChatTemplate
     aliases: dict[str, str] = field(default_factory=dict)
+    experiment: Experiment = field(default_factory=Experiment)
 
     def __post_init__(self) -> None:
         self.vocabulary = Vocabulary(self.tokenizer)
+        self._users: Counter[str | None] = Counter()  # requests by the adapter that answers them
+        self._retired: set[str] = set()
 
     def model_names(self) -> list[str]:
         return [self.settings.served_model_name, *self.client.adapters, *sorted(self.aliases)]
@@ -194,7 +202,7 @@ class Generator:
         self, request: ChatRequest | CompletionRequest, prompts: list[list[int]], usage: Usage
     ) -> AsyncIterator[Piece]:
         """Pieces of all answers, as they come. Answer i belongs to prompt i // n."""
-        adapter = self.adapter_of(request.model)
+        adapter = self.adapter_of(self.experiment.arm_for(request.model))
         usage.prompt_tokens = sum(len(prompt) for prompt in prompts)
         plans = [(prompt, self.sampling(request, len(prompt)), copy) for prompt in prompts for copy in range(request.n)]
         pieces: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
@@ -203,6 +211,7 @@ class Generator:
             for index, (prompt, sampling, copy) in enumerate(plans)
         ]
         running = len(tasks)
+        self._users[adapter] += 1
         try:
             while running:
                 piece = await pieces.get()
@@ -214,6 +223,40 @@ class Generator:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._users[adapter] -= 1
+            if adapter in self._retired and not self._users[adapter]:
+                await self._unload(adapter)
+
+    async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Take adapters, aliases and the test of a user_config. Requests that run are not touched.
+
+        Raises:
+            ValueError: what to change; nothing has changed then.
+            RefusedError: an adapter does not fit.
+        """
+        check_user_config(user_config)
+        for name, path in user_config["adapters"].items():
+            if name not in self.client.adapters:
+                await self.client.load_adapter(name, path)
+        # Names and weights change in one step: no request meets an arm without its adapter.
+        self.aliases = dict(user_config["aliases"])
+        self.experiment.configure(user_config)
+        await self.keep_adapters(user_config["adapters"])
+
+    async def keep_adapters(self, names: Iterable[str]) -> None:
+        """Unload all adapters but these; one that still answers somebody goes with its last request."""
+        self._retired = set(self.client.adapters) - set(names)
+        for name in sorted(self._retired):
+            if not self._users[name]:
+                await self._unload(name)
+
+    async def _unload(self, name: str) -> None:
+        self._retired.discard(name)
+        try:
+            await self.client.unload_adapter(name)
+        except (RefusedError, EngineDiedError):
+            # Requests that their clients left are being aborted, or the engine starts again: the next change tries again.
+            log.warning("adapter %s stays loaded for now", name)
 
     async def _one(
         self,

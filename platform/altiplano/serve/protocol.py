@@ -43,6 +43,7 @@ class _Request(BaseModel):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     user: str | None = None
+    safety_identifier: str | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -1,13 +1,13 @@
 """OpenAI's response shapes, whole and streamed."""
 
 import time
-import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
 
 from altiplano import __version__
+from altiplano.serve.call import current_call
 from altiplano.serve.choices import ChatChoice, CompletionChoice
 from altiplano.serve.engine_client import EngineDiedError, RefusedError
 from altiplano.serve.errors import ApiError
@@ -32,7 +32,7 @@ async def whole(generator: Generator, request: Request, prompts: list[list[int]]
         if chunk is not None:
             chunks[piece.index].append(chunk)
     done = [choice.whole(said) for choice, said in zip(choices, chunks, strict=True)]
-    return _frame(request, _kind(request)) | {"choices": done, "usage": usage.body()}
+    return _frame(generator, request, _kind(request)) | {"choices": done, "usage": usage.body()}
 
 
 async def events(generator: Generator, request: Request, prompts: list[list[int]]) -> AsyncIterator[bytes]:
@@ -42,7 +42,7 @@ async def events(generator: Generator, request: Request, prompts: list[list[int]
         RefusedError, EngineDiedError: nothing was said yet, so the status can still say it.
     """
     usage, choices = Usage(), _choices(generator, request, prompts)
-    frame = _frame(request, _kind(request) + (".chunk" if isinstance(request, ChatRequest) else ""))
+    frame = _frame(generator, request, _kind(request) + (".chunk" if isinstance(request, ChatRequest) else ""))
     with_usage = request.stream_options is not None and request.stream_options.include_usage
     empty: dict[str, Any] = {"usage": None} if with_usage else {}
     begun = False
@@ -60,7 +60,10 @@ async def events(generator: Generator, request: Request, prompts: list[list[int]
     except (EngineDiedError, RefusedError, ApiError) as error:
         if not begun:
             raise
-        yield _event(as_api_error(error).body())
+        failure, call = as_api_error(error), current_call()
+        if call is not None:
+            call.error = failure.code or "stream_failed"  # the status was sent long ago: the log has to say it
+        yield _event(failure.body())
     yield DONE
 
 
@@ -80,10 +83,10 @@ def _choices(generator: Generator, request: Request, prompts: list[list[int]]) -
     return [CompletionChoice(generator, request, index, prompts[index // request.n]) for index in range(len(prompts) * request.n)]
 
 
-def _frame(request: Request, kind: str) -> dict[str, Any]:
+def _frame(generator: Generator, request: Request, kind: str) -> dict[str, Any]:
     prefix = "chatcmpl" if isinstance(request, ChatRequest) else "cmpl"
     return {
-        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "id": generator.experiment.answer_id(prefix),
         "object": kind,
         "created": int(time.time()),
         "model": request.model,

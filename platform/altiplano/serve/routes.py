@@ -35,6 +35,8 @@ TABLE = (
     Entry("POST", "/tokenize", Scope.user),
     Entry("POST", "/detokenize", Scope.user),
     Entry("GET", "/v1/usage", Scope.user),
+    Entry("POST", "/v1/feedback", Scope.user),
+    Entry("GET", "/v1/ab", Scope.admin),
     Entry("GET", "/metrics", Scope.admin),
 )
 
