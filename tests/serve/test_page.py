@@ -24,6 +24,8 @@ needs_browser = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium: install the package chromium, or set CHROMIUM to its path"
 )
 NOTE = "Priya wants 3 melon pies at 14 Elm Street on Friday. Where?"
+# A machine that is busy with other tests answers late, but it answers.
+expect.set_options(timeout=60_000)
 QUIET = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
 
 
