@@ -41,8 +41,8 @@ FROM ${BASE} AS runtime
 RUN apt-get update && \
     apt-get install -y --no-install-recommends bash ca-certificates wget && \
     rm -rf /var/lib/apt/lists/* && \
-    groupadd --gid 1000 altiplano && \
-    useradd --create-home --uid 1000 --gid 1000 altiplano
+    groupadd --gid 10001 altiplano && \
+    useradd --create-home --uid 10001 --gid 10001 altiplano
 # No variable holds a secret; Ray refuses callers without the cluster's token.
 ENV PATH=/opt/altiplano/bin:$PATH \
     PYTHONUNBUFFERED=1 \
@@ -55,8 +55,8 @@ FROM runtime AS cpu
 COPY --from=packages-cpu /opt/altiplano /opt/altiplano
 RUN --mount=from=code,source=/wheels,target=/wheels --mount=from=tools,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
     uv pip install --no-cache --no-deps --python /opt/altiplano/bin/python /wheels/*.whl
-COPY --chown=1000:1000 pipelines pipelines
-USER 1000:1000
+COPY --chown=10001:10001 pipelines pipelines
+USER 10001:10001
 
 FROM runtime AS gpu
 # Triton compiles a launcher for each kernel with a C compiler.
@@ -68,5 +68,5 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
 COPY --from=packages-gpu /opt/altiplano /opt/altiplano
 RUN --mount=from=code,source=/wheels,target=/wheels --mount=from=tools,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
     uv pip install --no-cache --no-deps --python /opt/altiplano/bin/python /wheels/*.whl
-COPY --chown=1000:1000 pipelines pipelines
-USER 1000:1000
+COPY --chown=10001:10001 pipelines pipelines
+USER 10001:10001

@@ -39,6 +39,12 @@ def test_pods_are_restricted(rendered: list[Object]) -> None:
             assert context["runAsNonRoot"] is True, _name(pod)
 
 
+def test_our_own_image_runs_as_a_user_that_no_host_has(rendered: list[Object]) -> None:
+    for pod in rendered:
+        if any("altiplano" in container["image"] for container in pods.containers(pod)):
+            assert pod["spec"]["securityContext"]["runAsUser"] >= 10000, _name(pod)
+
+
 def test_autoscalers_are_restricted_too(chart: Path, helm4: charts.Helm4) -> None:
     """The operator makes that container from autoscalerOptions, so no template of ours shows it."""
     objects = helm4.template(chart, {})
