@@ -1,11 +1,17 @@
 """OpenAI's messages, as far as a text model can read them, and how Llama 3.2's chat template wants them."""
 
 import json
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from altiplano.serve.tools import NAME
+
+# Divides what would be read as a special token's name, so that no message can end its turn and begin somebody else's. A character
+# that no text has: Unicode reserves it for use inside of programs.
+GUARD = "\ufdd0"
+_SPECIAL_NAME = re.compile(r"<(?=\|\w{1,64}\|>)")
 
 
 class TextPart(BaseModel):
@@ -45,10 +51,9 @@ class Message(BaseModel):
     tool_call_id: str | None = None
 
     def text(self) -> str:
-        """The words; parts of a list are joined."""
-        if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
-        return self.content or ""
+        """The words, guarded; parts of a list are joined."""
+        said = "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content or ""
+        return _guarded(said)
 
     def turns(self) -> list[dict[str, Any]]:
         """The message as the template's turns: one, but one per call when an assistant made several.
@@ -60,8 +65,14 @@ class Message(BaseModel):
         if self.role != "assistant" or not self.tool_calls:
             return [{"role": role, "content": self.text()}]
         spoken = [{"role": role, "content": self.text()}] if self.text() else []
-        calls = [{"name": call.function.name, "arguments": _object(call.function.arguments)} for call in self.tool_calls]
+        calls = [
+            {"name": call.function.name, "arguments": _object(_guarded(call.function.arguments))} for call in self.tool_calls
+        ]
         return spoken + [{"role": role, "content": "", "tool_calls": [{"function": call}]} for call in calls]
+
+
+def _guarded(text: str) -> str:
+    return _SPECIAL_NAME.sub("<" + GUARD, text.replace(GUARD, ""))
 
 
 def _object(arguments: str) -> dict[str, Any]:

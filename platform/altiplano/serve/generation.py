@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from altiplano.data.templates import ChatTemplate
 from altiplano.serve import messages as m
-from altiplano.serve.conversation import Message
+from altiplano.serve.conversation import GUARD, Message
 from altiplano.serve.detokenize import TextStream, Vocabulary
 from altiplano.serve.engine_client import EngineClient, EngineDiedError, RefusedError
 from altiplano.serve.errors import ApiError
@@ -129,7 +129,7 @@ class Generator:
         return int(self.tokenizer.token_to_id(self.template.bos_token))  # type: ignore[arg-type]  # every Llama has it
 
     async def encode(self, text: str, param: str) -> list[int]:
-        """Token ids of a text, special tokens by their names.
+        """Token ids of a text, special tokens by their names unless a guard divides the name.
 
         Raises:
             ApiError: 400, the text cannot fit into the context, however it is divided into tokens.
@@ -141,10 +141,11 @@ class Generator:
                 param=param,
                 code="context_length_exceeded",
             )
-        if len(text) < LONG_TEXT:
-            return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
-        encoded = await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=False)
-        return list(encoded.ids)
+        return self._ids(text) if len(text) < LONG_TEXT else await asyncio.to_thread(self._ids, text)
+
+    def _ids(self, text: str) -> list[int]:
+        parts = text.split(GUARD)
+        return [token_id for part in parts for token_id in self.tokenizer.encode(part, add_special_tokens=False).ids]
 
     def check_ids(self, ids: Iterable[int], param: str) -> None:
         """
