@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 from altiplano_kernels.embed_norm.kernel import add_norm, add_norm_parts, embed_rows
 from altiplano_kernels.kv_write.kernel import MAX_CODE, rope_and_write
-from altiplano_kernels.linear.kernel import GATED_FEW, GATED_SOME, PARTS_FEW, PARTS_SOME, Tiling, linear_parts, swiglu_linear
+from altiplano_kernels.linear.kernel import GATED_SOME, PARTS_SOME, Tiling, linear_parts, swiglu_linear
 from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, choose_splits, decode
 from altiplano_kernels.prefill_attention.kernel import list_tiles, prefill
 from altiplano_kernels.rms_norm.reference import rms_norm
@@ -32,6 +32,7 @@ pytestmark = [
 PAGE = 32
 PRODUCTS = torch.bfloat16 if GPU else torch.float32  # the interpreter has no bf16 product
 SHAPES = [(32, 8, 64), (24, 8, 128), (4, 2, 32)] if GPU else [(6, 2, 32)]
+FEW, FEW_GATED = Tiling(16, 64, 128, 4, 4, 4), Tiling(16, 32, 128, 1, 3, 4)
 CACHES = [torch.bfloat16, torch.int8, torch.float8_e4m3fn] if GPU else [torch.bfloat16, torch.int8]
 
 
@@ -174,9 +175,7 @@ def test_norms(hidden: int) -> None:
     assert error(x, rms_norm(total.double(), weight.double(), 1e-5).cpu()) < 8e-3
 
 
-@pytest.mark.parametrize(
-    ("rows", "parts", "gated"), [(1, PARTS_FEW, GATED_FEW), (13, PARTS_FEW, GATED_FEW), (50, PARTS_SOME, GATED_SOME)]
-)
+@pytest.mark.parametrize(("rows", "parts", "gated"), [(1, FEW, FEW_GATED), (13, FEW, FEW_GATED), (50, PARTS_SOME, GATED_SOME)])
 def test_products_of_few_rows(rows: int, parts: Tiling, gated: Tiling) -> None:
     torch.manual_seed(4)
     x = torch.randn(rows, 1024).to(torch.bfloat16).to(DEVICE).to(PRODUCTS)

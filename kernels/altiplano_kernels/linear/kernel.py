@@ -23,9 +23,7 @@ class Tiling(NamedTuple):
     warps: int
 
 
-PARTS_FEW = Tiling(16, 64, 128, 4, 4, 4)  # up to 16 rows
 PARTS_SOME = Tiling(64, 64, 128, 4, 4, 4)  # up to 64 rows
-GATED_FEW = Tiling(16, 32, 128, 1, 3, 4)
 GATED_SOME = Tiling(64, 32, 128, 1, 3, 4)
 MOST_ROWS = 64  # beyond, cuBLAS is faster
 

@@ -17,4 +17,4 @@ def create_engine(config: EngineConfig) -> Engine:
     from altiplano.engine.cuda.overlap import OverlappedEngine
     from altiplano.engine.cuda.runner import CudaRunner
 
-    return OverlappedEngine(config, CudaRunner(config, device=config.device))
+    return OverlappedEngine(config, CudaRunner(config, config.kv_cache_dtype, config.device, config.quantization))

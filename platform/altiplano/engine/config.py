@@ -29,6 +29,8 @@ class EngineConfig:
     max_loras: int = 8
     max_lora_rank: int = 64
     load_format: str = "safetensors"  # or "dummy": random weights by config, for benchmarks
+    kv_cache_dtype: str = "auto"  # or "bf16", "fp8", "int8": 8 bits have a scale per token and head; on a GPU only
+    quantization: str = "none"  # or "int8", "int4": weights in groups of 128, made while loading; on a GPU only
     seed: int = 0
     debug: bool = False
 
@@ -40,6 +42,10 @@ class EngineConfig:
             raise ValueError(
                 f"the KV cache holds {self.num_blocks * self.block_size} tokens, less than max_model_len {self.max_model_len}: "
                 "raise num_blocks or lower max_model_len"
+            )
+        if self.device == "cpu" and (self.kv_cache_dtype, self.quantization) != ("auto", "none"):
+            raise ValueError(
+                f"kv_cache_dtype {self.kv_cache_dtype} and quantization {self.quantization} need a GPU: leave them at auto and none on the CPU"
             )
         if self.load_format not in ("safetensors", "dummy"):
             raise ValueError(f"load_format must be safetensors or dummy, not {self.load_format!r}")

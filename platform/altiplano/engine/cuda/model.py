@@ -1,10 +1,13 @@
-"""A Llama's forward pass over rows of a step on the GPU. Products are cuBLAS, all between them Triton."""
+"""A Llama's forward pass over rows of a step on the GPU: prompts, and decode steps of more rows than `few_rows` takes.
+
+Products are cuBLAS or, for a few dozen rows, ours; between them are Triton kernels and attention in clusters.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from altiplano.engine.adapters import Adapter
+from altiplano.engine.adapters import Adapter, Pair
 from altiplano.engine.config import LlamaConfig
 from altiplano.engine.cuda.quantized import AnyLayer, PackedWeights
 from altiplano.engine.cuda.slots import SlotTable
@@ -20,8 +23,8 @@ from altiplano_kernels.rope.reference import cos_sin, inverse_frequencies
 from altiplano_kernels.swiglu.kernel import swiglu
 
 Groups = Sequence[tuple[Adapter, torch.Tensor | None]]
-Updates = Sequence[tuple[Mapping[str, tuple[torch.Tensor, torch.Tensor]], torch.Tensor | None]]
-# Below, the library's own small products are faster than ours that split their sums (measured at 1 and 8 rows).
+Updates = Sequence[tuple[Mapping[str, Pair], torch.Tensor | None]]
+# Below, the kernels of `few_rows` do the step; where they do not fit, the library's products are faster than ours that split sums.
 LEAST_SPLIT_ROWS = 17
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
 
@@ -162,11 +165,10 @@ class CudaLlama:
         self, mixed: torch.Tensor, residual: torch.Tensor, layer: AnyLayer, after: torch.Tensor, pdl: bool
     ) -> torch.Tensor:
         """The same for a few rows: every kernel starts while the one before it ends."""
-        few, eps = len(mixed) <= 16, self.config.rms_norm_eps
-        parts, gated = (linear.PARTS_FEW, linear.GATED_FEW) if few else (linear.PARTS_SOME, linear.GATED_SOME)
+        eps, parts = self.config.rms_norm_eps, linear.PARTS_SOME
         x = torch.empty_like(residual)
         add_norm_parts(linear.linear_parts(mixed, layer.o, parts, pdl), residual, layer.post_norm, x, eps, pdl)
-        wide = linear.swiglu_linear(x, layer.gate_up, gated, pdl)
+        wide = linear.swiglu_linear(x, layer.gate_up, linear.GATED_SOME, pdl)
         add_norm_parts(linear.linear_parts(wide, layer.down, parts, pdl), residual, after, x, eps, pdl)
         return x
 

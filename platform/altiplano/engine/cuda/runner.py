@@ -47,7 +47,7 @@ class CudaRunner:
     """Weights, paged cache, slots and graphs of one GPU.
 
     Raises:
-        EngineError: no CUDA device, an unknown cache type or quantization, or too little memory (the message says how much is missing).
+        EngineError: no CUDA device or one too old, an unknown cache type or quantization, or too little memory (the message says how much is missing).
     """
 
     def __init__(
@@ -55,6 +55,11 @@ class CudaRunner:
     ) -> None:
         if not torch.cuda.is_available():
             raise EngineError("the CUDA backend needs an NVIDIA GPU, and torch sees none: use device 'cpu', or check the driver")
+        if torch.cuda.get_device_capability(device) < (9, 0):
+            raise EngineError(
+                f"the CUDA backend needs compute capability 9.0 (Hopper) or newer, and {torch.cuda.get_device_name(device)} has "
+                f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}: use device 'cpu' or a newer GPU"
+            )
         if kv_cache_dtype not in CACHE_DTYPES:
             raise EngineError(f"kv_cache_dtype {kv_cache_dtype!r} is unknown: use one of {', '.join(CACHE_DTYPES)}")
         model = read_config(config.model)
@@ -97,7 +102,7 @@ class CudaRunner:
                 f"{len(self._adapters)} adapters are loaded, and max_loras is {self._config.max_loras}: unload one or raise it"
             )
         self._adapters[name] = load_adapter(
-            name, directory, self._model_config, self._config.max_lora_rank, torch.bfloat16, self._device
+            name, directory, self._config.model, self._model_config, self._config.max_lora_rank, torch.bfloat16, self._device
         )
 
     def unload_adapter(self, name: str) -> None:
