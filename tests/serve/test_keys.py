@@ -93,6 +93,12 @@ def test_serving_does_not_start_without_a_usable_key_file(tmp_path: Path) -> Non
         KeyRing(file)
 
 
+def test_a_file_that_cannot_be_changed_says_so(tmp_path: Path) -> None:
+    (tmp_path / "mounted").write_text("not a directory")
+    with pytest.raises(KeyFileError, match="change the Secret"):
+        KeyFile(tmp_path / "mounted" / "keys.json").create("team")
+
+
 def test_writers_take_turns(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda n: KeyFile(tmp_path / "keys.json").create(f"key {n}")[0], range(40)))

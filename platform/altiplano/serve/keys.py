@@ -168,8 +168,14 @@ class KeyFile:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with (self.path.parent / f".{self.path.name}.lock").open("w") as lock:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock = (self.path.parent / f".{self.path.name}.lock").open("w")
+        except OSError as error:
+            raise KeyFileError(
+                f"{self.path} cannot be changed here ({error.strerror}): where it is mounted from a Secret, change the Secret"
+            ) from error
+        with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
