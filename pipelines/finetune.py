@@ -1,6 +1,7 @@
 """Entry point of a Ray job: `ray job submit --working-dir . -- python pipelines/finetune.py pipelines/demo/pipeline.yaml`.
 
-Runs the pipeline inside the cluster that the job was submitted to. Arguments are those of `altiplano run`.
+Runs the pipeline inside the cluster that the job was submitted to. Arguments are those of `altiplano run`. run.storage_path must be
+absolute: the job's working directory is a copy that goes away with the job.
 """
 
 import sys

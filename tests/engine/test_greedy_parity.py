@@ -107,17 +107,26 @@ def test_logprobs_of_chosen_and_top_tokens(llama: Llama) -> None:
     assert output.logprob == pytest.approx(float(values[0]), abs=1e-4)
 
 
-@pytest.mark.parametrize("use_rslora", [False, True])
-def test_adapters_and_base_in_one_batch(llama: Llama, tmp_path: Path, use_rslora: bool) -> None:
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+def test_adapters_and_base_in_one_batch(llama: Llama, tmp_path: Path, kind: str) -> None:
     directory, model = llama
     expected = {}
     for seed, name in enumerate(("one", "two")):
         torch.manual_seed(seed)
         base = make_llama(tmp_path / "base")
         settings = LoraConfig(
-            r=4, lora_alpha=16, target_modules="all-linear", use_rslora=use_rslora, init_lora_weights=False, task_type="CAUSAL_LM"
+            r=4,
+            lora_alpha=16,
+            target_modules="all-linear",
+            use_rslora=kind == "rslora",
+            use_dora=kind == "dora",
+            init_lora_weights=False,
+            task_type="CAUSAL_LM",
         )
         tuned = get_peft_model(base, settings).eval()
+        for parameter_name, parameter in tuned.named_parameters():
+            if "magnitude" in parameter_name:  # as if it had learned something
+                parameter.data *= 1 + 0.3 * torch.randn_like(parameter)
         tuned.save_pretrained(tmp_path / name)
         expected[name] = tuned
     engine = Engine(EngineConfig(directory, **ROOMY))  # type: ignore[arg-type]

@@ -157,7 +157,7 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_adapters_that_do_not_fit_are_refused(engine: Engine, tmp_path: Path) -> None:
     good = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
     for bad, words in (
-        ({"use_dora": True}, "use_dora"),
+        ({"init_lora_weights": "pissa"}, "changes the base weights"),
         ({"r": 1000}, "max_lora_rank"),
         ({"peft_type": "IA3"}, "IA3"),
         ({"bias": "all"}, "bias"),

@@ -37,6 +37,11 @@ def run(
     from altiplano.pipeline.workspace import Workspace
 
     pipeline = load(file, overrides).pipeline
+    if "RAY_JOB_ID" in os.environ and not Path(pipeline.run.storage_path).is_absolute():
+        raise ValueError(
+            "inside a Ray job run.storage_path must be absolute, on storage that every node sees, such as run.storage_path=/mnt/altiplano: "
+            f"{pipeline.run.storage_path!r} would be thrown away with the job's working directory"
+        )
     workspace = Workspace.of(pipeline.run)
     workspace.create()
     if foreground:
@@ -101,7 +106,7 @@ def _start_driver(pipeline: "spec.Pipeline", workspace: "Workspace") -> subproce
     answer = driver.stdout.readline().strip()
     if answer != READY:
         problem(answer or f"the driver did not start: see {workspace.log_file}")
-        raise typer.Exit(5 if answer else 1)
+        raise typer.Exit(driver.wait() or 1)
     return driver
 
 

@@ -17,6 +17,8 @@ MARK = "ALTIPLANO_WORKSPACE"
 class PortBusyError(RuntimeError):
     """Another program listens on a port that was asked for."""
 
+    exit_code = 5
+
 
 def free_port() -> int:
     """A TCP port of the loopback interface that nobody listens on at this moment."""

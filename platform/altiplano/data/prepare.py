@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from altiplano.data import audit
 from altiplano.data.formats import Row, RowError, canonical
 from altiplano.data.sources import read
@@ -18,7 +20,8 @@ from altiplano.spec import Data, DataSource
 
 @dataclass(frozen=True)
 class EvalRow:
-    """A held-out row: what the model is asked, and the answer that is compared with its own."""
+    """A held-out row: what the model is asked, and the answer that is compared with its own. Without a question (a plain text,
+    or a conversation that does not end with the assistant) the prompt is the first token alone, and `reference` is empty."""
 
     number: int
     messages: list[Message]
@@ -86,8 +89,8 @@ def prepare(data: Data, tokenizer: Any) -> Prepared:
     """
     errors, template = audit.Findings(), ChatTemplate(data.date_string)
     train_rows, eval_rows = _rows(data.datasets, errors), _rows(data.eval_datasets, errors)
-    train = _encode(train_rows, template, tokenizer, data.assistant_only_loss)
-    evaluation = _encode(eval_rows, template, tokenizer, data.assistant_only_loss)
+    train_rows, train = _encode(train_rows, template, tokenizer, data.assistant_only_loss, errors)
+    eval_rows, evaluation = _encode(eval_rows, template, tokenizer, data.assistant_only_loss, errors)
     for rows, examples in ((train_rows, train), (eval_rows, evaluation)):
         audit.check_examples([(r.source, r.number) for r in rows], examples, data.max_length, errors)
     warnings = audit.Findings()
@@ -121,22 +124,34 @@ def _rows(sources: Sequence[DataSource], errors: audit.Findings) -> list[Row]:
     return rows
 
 
-def _encode(rows: Sequence[Row], template: ChatTemplate, tokenizer: Any, assistant_only: bool) -> list[Example]:
+def _encode(
+    rows: Sequence[Row], template: ChatTemplate, tokenizer: Any, assistant_only: bool, errors: audit.Findings
+) -> tuple[list[Row], list[Example]]:
+    """The rows that the format can express, and their tokens."""
     bos, eos = tokenizer.convert_tokens_to_ids("<|begin_of_text|>"), tokenizer.convert_tokens_to_ids("<|end_of_text|>")
-    return [
-        encode_text(tokenizer, row.text, bos, eos)
-        if row.text is not None
-        else template.encode(tokenizer, row.messages, assistant_only=assistant_only)
-        for row in rows
-    ]
+    kept, examples = [], []
+    for row in rows:
+        try:
+            if row.text is not None:
+                example = encode_text(tokenizer, row.text, bos, eos)
+            else:
+                example = template.encode(tokenizer, row.messages, assistant_only=assistant_only)
+        except (ValueError, TypeError, KeyError, TemplateError) as error:
+            errors.add(row.source, row.number, f"does not fit the chat format ({error})", "correct or remove them")
+            continue
+        kept.append(row)
+        examples.append(example)
+    return kept, examples
 
 
 def _eval_row(row: Row, example: Example, template: ChatTemplate, tokenizer: Any) -> EvalRow:
     """The question is everything before the last assistant message; a plain text has no question."""
     if row.text is not None or row.messages[-1]["role"] != "assistant":
-        return EvalRow(row.number, list(row.messages), example.input_ids[:1], row.text or "", example.input_ids, example.labels)
+        return EvalRow(row.number, list(row.messages), example.input_ids[:1], "", example.input_ids, example.labels)
     prompt = template.encode_prompt(tokenizer, row.messages[:-1])
-    return EvalRow(row.number, list(row.messages), prompt, row.messages[-1]["content"].strip(), example.input_ids, example.labels)
+    # As the model writes it, tool calls included: what is generated is decoded the same way.
+    reference = tokenizer.decode(example.input_ids[len(prompt) :], skip_special_tokens=True).strip()
+    return EvalRow(row.number, list(row.messages), prompt, reference, example.input_ids, example.labels)
 
 
 def _report(

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
@@ -52,7 +53,9 @@ def read(source: DataSource) -> Iterator[RawRow]:
         raise SourceError(
             f"{path} does not exist: check data.datasets and data.eval_datasets (paths are relative to the pipeline file)"
         ) from error
-    except (OSError, ImportError) as error:
+    except SourceError:
+        raise
+    except (OSError, ImportError, EOFError, ValueError, zlib.error) as error:
         raise SourceError(
             f"{path} cannot be read ({type(error).__name__}: {error}): check the path, the credentials and the network"
         ) from error

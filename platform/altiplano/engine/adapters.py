@@ -12,23 +12,32 @@ from safetensors.torch import load_file
 
 from altiplano.engine.config import LlamaConfig
 from altiplano.engine.errors import AdapterError
-from altiplano.engine.weights import expected_shapes
+from altiplano.engine.weights import expected_shapes, read_tensor
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_KEY = re.compile(r"base_model\.model\.(model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+))\.lora_([AB])\.weight")
+_KEY = re.compile(
+    r"base_model\.model\.(model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+))\.lora_(A|B|magnitude_vector)(?:\.weight)?"
+)
+Pair = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """`pairs[layer][module]` is (down [r, in], up [out, r]) with the scale folded into `up`."""
+    """`pairs[layer][module]` is (down [r, in], up [out, r], gain [out] or None) with the scale folded into `up`.
+
+    An output becomes gain * (W x) + up (down x). Only DoRA has a gain: the learned magnitude over the norm of W + B A, row by row
+    (Liu et al. 2024, arXiv 2402.09353), which is folded into `up` too.
+    """
 
     name: str
     rank: int
-    pairs: tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], ...]
+    pairs: tuple[dict[str, Pair], ...]
 
 
-def load_adapter(name: str, directory: Path, config: LlamaConfig, max_rank: int, dtype: torch.dtype, device: str) -> Adapter:
-    """Read adapter_config.json and adapter_model.safetensors of `directory`.
+def load_adapter(
+    name: str, directory: Path, model: Path, config: LlamaConfig, max_rank: int, dtype: torch.dtype, device: str
+) -> Adapter:
+    """Read adapter_config.json and adapter_model.safetensors of `directory`; `model` is the base, whose weights DoRA needs.
 
     Raises:
         AdapterError: unreadable, of a kind that the engine does not run, above `max_rank`, or made for another base.
@@ -42,22 +51,30 @@ def load_adapter(name: str, directory: Path, config: LlamaConfig, max_rank: int,
     scale = settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
     shapes = dict(expected_shapes(config))
     halves: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+    names: dict[tuple[int, str], str] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None or match[3] not in MODULES:
             raise AdapterError(f"{directory} has tensor {key}: the engine runs LoRA on {', '.join(MODULES)} only")
         out_in = shapes.get(f"{match[1]}.weight")
-        wanted = None if out_in is None else ((rank, out_in[1]) if match[4] == "A" else (out_in[0], rank))
+        wanted = None if out_in is None else {"A": (rank, out_in[1]), "B": (out_in[0], rank)}.get(match[4], (out_in[0],))
         if tuple(tensor.shape) != wanted:
             raise AdapterError(
                 f"{directory}: {key} is {tuple(tensor.shape)}, the loaded model needs {wanted}: the adapter belongs to another base model"
             )
-        halves.setdefault((int(match[2]), match[3]), {})[match[4]] = tensor.to(dtype)
-    pairs: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in range(config.num_hidden_layers)]
+        halves.setdefault((int(match[2]), match[3]), {})[match[4]] = tensor
+        names[int(match[2]), match[3]] = f"{match[1]}.weight"
+    parts = {"A", "B", "magnitude_vector"} if settings.get("use_dora") else {"A", "B"}
+    pairs: list[dict[str, Pair]] = [{} for _ in range(config.num_hidden_layers)]
     for (layer, module), half in halves.items():
-        if set(half) != {"A", "B"}:
-            raise AdapterError(f"{directory}: layer {layer} {module} has only one half of its update: copy the adapter again")
-        pairs[layer][module] = (half["A"].contiguous(), (half["B"] * scale).contiguous())
+        if set(half) != parts:
+            raise AdapterError(f"{directory}: layer {layer} {module} has only a part of its update: copy the adapter again")
+        down, up, gain = half["A"], half["B"].float() * scale, None
+        if settings.get("use_dora"):
+            weight = read_tensor(model, names[layer, module], device).float()
+            gain = half["magnitude_vector"].float() / torch.linalg.vector_norm(weight + up @ down.float(), dim=1)
+            up = up * gain[:, None]
+        pairs[layer][module] = (down.to(dtype).contiguous(), up.to(dtype).contiguous(), None if gain is None else gain.to(dtype))
     return Adapter(name, rank, tuple(pairs))
 
 
@@ -69,7 +86,11 @@ def _settings(directory: Path, max_rank: int) -> dict[str, Any]:
         raise AdapterError(f"{path} cannot be read ({error}): the adapter must be a directory in PEFT's format") from error
     if settings.get("peft_type") != "LORA":
         raise AdapterError(f"{path} says peft_type {settings.get('peft_type')!r}: the engine runs LORA")
-    for feature in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+    if settings.get("init_lora_weights") not in (True, False, None, "gaussian"):
+        raise AdapterError(
+            f"{path} was initialised with {settings['init_lora_weights']!r}, which changes the base weights: convert it to plain LoRA with PEFT"
+        )
+    for feature in ("rank_pattern", "alpha_pattern", "modules_to_save"):
         if settings.get(feature):
             raise AdapterError(
                 f"{path} uses {feature}, which the engine does not run: merge the adapter into its base and serve that"

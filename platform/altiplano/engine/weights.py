@@ -53,6 +53,20 @@ def load_weights(directory: Path, config: LlamaConfig, dtype: torch.dtype, devic
     return _assemble(config, found, directory)
 
 
+def read_tensor(directory: Path, name: str, device: str) -> torch.Tensor:
+    """One tensor of a checkpoint, as stored.
+
+    Raises:
+        WeightsError: no file has it.
+    """
+    for path in _files(directory):
+        with safe_open(path, framework="pt", device=device) as reader:
+            if name in reader.keys():  # noqa: SIM118 (not a dict)
+                found: torch.Tensor = reader.get_tensor(name)
+                return found
+    raise WeightsError(f"{directory} has no tensor {name}: copy the model again")
+
+
 def random_weights(config: LlamaConfig, dtype: torch.dtype, device: str, seed: int) -> Weights:
     """Normal weights of standard deviation 0.02 by config: for benchmarks, where only shapes matter."""
     generator = torch.Generator(device=device).manual_seed(seed)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from altiplano import spec
@@ -10,6 +11,8 @@ from altiplano.pipeline.ledger import Outputs, Record
 from altiplano.pipeline.services import Services
 from altiplano.pipeline.workspace import Workspace
 from altiplano.registry import TrackedRun
+
+KEY_LENGTH = 12
 
 
 @dataclass
@@ -22,11 +25,16 @@ class Context:
     events: EventLog
     parent: TrackedRun
     tracked: TrackedRun
+    key: str = ""  # digest of the present stage's inputs
     records: dict[str, Record] = field(default_factory=dict)
 
     def outputs(self, stage: str) -> Outputs:
         """What an earlier stage left behind."""
         return self.records[stage].outputs
+
+    def work_dir(self, stage: str) -> Path:
+        """Where the present stage keeps what it goes on from after a kill: other inputs get another place."""
+        return self.workspace.stage_dir(stage) / self.key[:KEY_LENGTH]
 
     def progress(self, stage: str, text: str, **fields: Any) -> None:
         """Tell whoever watches."""

@@ -51,7 +51,7 @@ def main() -> int:
             return run(pipeline, workspace, events)
     except (WorkspaceBusyError, WorkspaceError) as error:
         print(error, flush=True)
-        return FAILED
+        return error.exit_code
 
 
 if __name__ == "__main__":

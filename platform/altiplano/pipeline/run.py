@@ -1,12 +1,13 @@
 """Run the stages of a pipeline in order, skipping what is finished."""
 
+import shutil
 import time
 import traceback
 from typing import Any
 
 from altiplano import spec
 from altiplano.pipeline import services
-from altiplano.pipeline.context import Context, Stage
+from altiplano.pipeline.context import KEY_LENGTH, Context, Stage
 from altiplano.pipeline.events import EventLog
 from altiplano.pipeline.ledger import Ledger, Record, digest
 from altiplano.pipeline.stages import STAGES
@@ -62,6 +63,7 @@ def run_pipeline(pipeline: spec.Pipeline, workspace: Workspace, events: EventLog
 
 def _advance(stage: Stage, context: Context, ledger: Ledger, tracker: Tracker) -> None:
     """Bring one stage to its end, in the MLflow run of an earlier unfinished attempt if there is one."""
+    context.tracked = context.parent
     try:
         key = digest({"stage": stage.name, **stage.inputs(context)})
         done = ledger.finished(stage.name, key)
@@ -70,6 +72,7 @@ def _advance(stage: Stage, context: Context, ledger: Ledger, tracker: Tracker) -
             context.events.emit("stage_skipped", stage=stage.name, summary=stage.summary(done.outputs))
             return
         context.events.emit("stage_started", stage=stage.name)
+        context.key = key
         started = time.monotonic()
         context.tracked = tracker.start_run(
             stage.name, stage.name, parent_run_id=context.parent.run_id, run_id=ledger.begun(stage.name, key), tags={KEY: key}
@@ -84,8 +87,16 @@ def _advance(stage: Stage, context: Context, ledger: Ledger, tracker: Tracker) -
     record = Record(stage.name, key, outputs, time.monotonic() - started, context.tracked.run_id)
     context.tracked.end("FINISHED")
     ledger.finish(record)
+    _forget_other_inputs(context, stage.name)
     context.records[stage.name] = record
     context.events.emit("stage_finished", stage=stage.name, seconds=record.seconds, summary=stage.summary(outputs))
+
+
+def _forget_other_inputs(context: Context, stage: str) -> None:
+    """Drop the work folders of earlier settings, now that these are done."""
+    for folder in context.workspace.stage_dir(stage).glob("[0-9a-f]" * KEY_LENGTH):
+        if folder != context.work_dir(stage):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def root_cause(error: BaseException) -> str:

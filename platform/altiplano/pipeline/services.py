@@ -18,6 +18,8 @@ RAY_ADDRESS = "RAY_ADDRESS"
 class ServiceError(RuntimeError):
     """Ray or MLflow cannot be used; the message says what to change."""
 
+    exit_code = 4
+
 
 @dataclass(frozen=True)
 class Services:

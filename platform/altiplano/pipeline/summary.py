@@ -55,7 +55,8 @@ def latest_run(root: Path, name: str | None) -> RunPlace:
 def summarize(workspace: Workspace) -> dict[str, Any]:
     """Stages, numbers, addresses: JSON-ready. `lines` are (label, text) pairs for people."""
     ledger = Ledger(workspace)
-    records = {name: record for name in STAGE_NAMES if (record := ledger.latest(name)) is not None}
+    done = {event["stage"] for event in last_run(workspace.events_file) if event["kind"] in ("stage_finished", "stage_skipped")}
+    records = {name: record for name in STAGE_NAMES if name in done and (record := ledger.latest(name)) is not None}
     outputs = {name: record.outputs for name, record in records.items()}
     running = services.find_mlflow(workspace.root) or _tracking_uri(workspace)
     summary: dict[str, Any] = {
@@ -81,13 +82,10 @@ def _lines(outputs: dict[str, Any], mlflow: str | None) -> list[tuple[str, str]]
             ("loss", f"{train['loss_curve'][0][1]:.3f} → {train['loss_curve'][-1][1]:.3f}, held-out {train['eval_loss']:.3f}")
         )
     if gate := outputs.get("gate"):
-        interval = f"gain {gate['delta']:+.1%}, 95 % interval [{gate['ci_low']:+.1%}, {gate['ci_high']:+.1%}]"
-        lines.append(
-            (
-                gate["primary"].replace("_", " "),
-                f"{gate['baseline']:.1%} ({gate['rival']}) → {gate['candidate']:.1%} (tuned); {interval}",
-            )
-        )
+        # Row by row, perplexity is compared as nats per token; everything else is a share of rows.
+        label, form = ("nats per token", ".3f") if gate["primary"] == "perplexity" else (gate["primary"].replace("_", " "), ".1%")
+        interval = f"gain {gate['delta']:+{form}}, 95 % interval [{gate['ci_low']:+{form}}, {gate['ci_high']:+{form}}]"
+        lines.append((label, f"{gate['baseline']:{form}} ({gate['rival']}) → {gate['candidate']:{form}} (tuned); {interval}"))
         lines.append(("gate", f"{gate['decision']}: {'; '.join(gate['reasons'])}"))
     if register := outputs.get("register"):
         lines.append(("registry", f"{register['name']} version {register['version']}"))
@@ -100,9 +98,9 @@ def _lines(outputs: dict[str, Any], mlflow: str | None) -> list[tuple[str, str]]
 
 def _status(workspace: Workspace) -> str:
     """running, finished, failed or interrupted."""
-    kinds = [event["kind"] for event in last_run(workspace.events_file)]
-    if "run_finished" in kinds:
-        return "failed" if "stage_failed" in kinds else "finished"
+    ends = [event for event in last_run(workspace.events_file) if event["kind"] == "run_finished"]
+    if ends:
+        return "failed" if ends[-1].get("error") else "finished"
     return "running" if RunPlace(workspace.root, workspace.run).is_running() else "interrupted"
 
 

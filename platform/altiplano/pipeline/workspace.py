@@ -1,11 +1,13 @@
 """Where a pipeline keeps its state on disk, and the lock that keeps two pipelines out of one workspace."""
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +19,13 @@ if TYPE_CHECKING:
 
 # The driver's first line on standard output, once it holds the workspace.
 READY = "ready"
+LOCK_TRIES = 5
 
 
 class WorkspaceBusyError(RuntimeError):
     """Another pipeline is running in this workspace."""
+
+    exit_code = 5
 
 
 class WorkspaceError(RuntimeError):
@@ -106,7 +111,7 @@ class Workspace:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(descriptor)
             except OSError as error:
                 holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
                 raise WorkspaceBusyError(
@@ -117,6 +122,15 @@ class Workspace:
             yield
         finally:
             os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    """Take the lock; a reader that only looks whether it is held (`altiplano status`) has it for an instant too."""
+    for _ in range(LOCK_TRIES - 1):
+        with contextlib.suppress(OSError):
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.05)
+    return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def out_of_space(error: BaseException) -> bool:

@@ -5,6 +5,15 @@ May import: evaluate, data, models, spec, mlflow. Must never know: Ray, HTTP end
 
 from altiplano.registry.lineage import Lineage
 from altiplano.registry.models import ModelRegistry, ModelVersion, RegistryUnavailableError
-from altiplano.registry.tracking import MlflowSink, TrackedRun, Tracker
+from altiplano.registry.tracking import LateSink, MlflowSink, TrackedRun, Tracker
 
-__all__ = ["Lineage", "MlflowSink", "ModelRegistry", "ModelVersion", "RegistryUnavailableError", "TrackedRun", "Tracker"]
+__all__ = [
+    "LateSink",
+    "Lineage",
+    "MlflowSink",
+    "ModelRegistry",
+    "ModelVersion",
+    "RegistryUnavailableError",
+    "TrackedRun",
+    "Tracker",
+]

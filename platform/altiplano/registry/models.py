@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,10 +47,12 @@ class ModelRegistry:
     def register(
         self, adapter: Path, name: str, run_id: str, lineage: Lineage, *, tags: Mapping[str, str], params: Mapping[str, Any]
     ) -> int:
-        """Upload `adapter` with its lineage and card as a new version of `name`; an equal one (same adapter and run) is found again."""
+        """Upload `adapter` with its lineage and card as a new version of `name`; the same bytes stay one version, with the newest `tags`."""
         digest = verify_manifest(adapter)
         for known in self.versions(name):
-            if known.tags.get("adapter_digest") == digest and known.run_id == run_id:
+            if known.tags.get("adapter_digest") == digest:
+                for key, value in tags.items():
+                    self._call(partial(self._client.set_model_version_tag, name, str(known.version), key, value))
                 return known.version
         return self._call(lambda: self._upload(adapter, name, run_id, lineage, {**tags, "adapter_digest": digest}, params))
 

@@ -22,6 +22,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 SEND_INTERVAL_S = 0.5
+YOUNG_S = 60.0
 RETRY_INTERVAL_S = 2.0
 METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100
 logger = logging.getLogger(__name__)
@@ -109,6 +110,8 @@ def replay(directory: Path, tracking_uri: str) -> int:
             except BlockingIOError:
                 continue  # its writer lives, or somebody else is sending it
             entries = [json.loads(line) for line in stream.read().splitlines() if line.endswith("}")]
+            if not entries and time.time() - path.stat().st_mtime < YOUNG_S:
+                continue  # its writer may be about to lock it
             if not entries or _send(client(entries[0]["uri"]), entries) or _send_moved(client(tracking_uri), entries):
                 path.unlink(missing_ok=True)
                 done += bool(entries)

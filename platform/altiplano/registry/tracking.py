@@ -2,9 +2,10 @@
 
 import contextlib
 import json
+import logging
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ STAGE = "altiplano.stage"
 # Tags that make a run findable again: a trial by its id, a stage or pipeline by the digest of its inputs.
 KEY, TRIAL = "altiplano.key", "altiplano.trial"
 KEYS = (TRIAL, KEY)
+RETRY_OPEN_S = 10.0
+logger = logging.getLogger(__name__)
 
 
 class Tracker:
@@ -166,6 +169,38 @@ class MlflowSink:
         if self._run is None:
             self._run = TrackedRun(self._uri, self.run_id, Spool(self._uri, Path(self._spool_dir)))
         return self._run
+
+
+class LateSink:
+    """A sink whose run is opened by the first call that finds the server; what comes before waits in memory."""
+
+    def __init__(self, open_run: Callable[[], MlflowSink]) -> None:
+        self._open = open_run
+        self._sink: MlflowSink | None = None
+        self._waiting: list[Callable[[MlflowSink], None]] = []
+        self._next_try = 0.0
+        self._pass_on(lambda sink: None)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        kept = dict(metrics)
+        self._pass_on(lambda sink: sink.log_metrics(kept, step))
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        kept = dict(tags)
+        self._pass_on(lambda sink: sink.set_tags(kept))
+
+    def _pass_on(self, call: Callable[[MlflowSink], None]) -> None:
+        self._waiting.append(call)
+        if self._sink is None and time.monotonic() >= self._next_try:
+            try:
+                self._sink = self._open()
+            except RegistryUnavailableError as error:
+                logger.warning("measurements wait for MLflow: %s", error)
+                self._next_try = time.monotonic() + RETRY_OPEN_S
+        if self._sink is not None:
+            for waiting in self._waiting:
+                waiting(self._sink)
+            self._waiting.clear()
 
 
 def _text(value: Any) -> Any:

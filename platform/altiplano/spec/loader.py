@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from altiplano.spec import document
 from altiplano.spec.errors import Problem, SpecError
 from altiplano.spec.sections import Pipeline
-from altiplano.spec.space import check_space
+from altiplano.spec.space import check_space, samples
 
 COMMAND_LINE = "command line"
 
@@ -55,7 +55,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Resolved:
         pipeline = Pipeline.model_validate(values)
     except ValidationError as error:
         raise SpecError([_problem(path, parsed.lines, given, e) for e in _causes(error)]) from error
-    problems = [Problem(_place(path, parsed.lines, given, key), key, message) for key, message in check_space(pipeline)]
+    wrong = [*check_space(pipeline)] or [*_refused_samples(pipeline)]
+    problems = [Problem(_place(path, parsed.lines, given, key), key, message) for key, message in wrong]
     if problems:
         raise SpecError(problems)
     pipeline = _anchor(pipeline, path.resolve().parent)
@@ -77,6 +78,17 @@ def resolve_overrides(pipeline: Pipeline, changes: Mapping[str, Any]) -> Pipelin
         return Pipeline.model_validate(values)
     except ValidationError as error:
         raise SpecError([_problem(Path("trial"), {}, dict(changes), e) for e in _causes(error)]) from error
+
+
+def _refused_samples(pipeline: Pipeline) -> Iterator[tuple[str, str]]:
+    """(dotted key, problem) for entries of a well-formed search space whose values no trial could use."""
+    for key, written in (pipeline.tune.search_space if pipeline.tune else {}).items():
+        for value in samples(written):
+            try:
+                resolve_overrides(pipeline, {key: value})
+            except SpecError as error:
+                yield f"tune.search_space.{key}", f"{value!r} would be refused: {error.problems[0].message}"
+                break
 
 
 def render(resolved: Resolved) -> Iterator[str]:
@@ -113,15 +125,21 @@ def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
     at: Any = values
     for parent in parents:
         if isinstance(at, list):
-            at = at[int(parent)] if parent.isdigit() and int(parent) < len(at) else {}
+            at = at[_index(at, parent, dotted)]
             continue
         if not isinstance(at.get(parent), dict | list):
             at[parent] = {}
         at = at[parent]
-    if isinstance(at, list) and last.isdigit() and int(last) < len(at):
-        at[int(last)] = value
-    elif isinstance(at, dict):
+    if isinstance(at, list):
+        at[_index(at, last, dotted)] = value
+    else:
         at[last] = value
+
+
+def _index(items: list[Any], part: str, dotted: str) -> int:
+    if part.isdigit() and int(part) < len(items):
+        return int(part)
+    raise SpecError([Problem(COMMAND_LINE, dotted, f"{part!r} is no item of a list of {len(items)}: use 0 to {len(items) - 1}")])
 
 
 def _causes(error: ValidationError) -> list[dict[str, Any]]:

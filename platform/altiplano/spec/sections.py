@@ -43,7 +43,9 @@ class Lora(Section):
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     use_rslora: bool = False
     use_dora: bool = False
-    init_lora_weights: bool | Literal["gaussian", "pissa", "olora"] = True
+    init_lora_weights: bool | Literal["gaussian"] = Field(
+        True, description="PEFT's pissa and olora change the base weights, which adapters here share: they are not offered."
+    )
 
 
 class DataSource(Section):
@@ -79,7 +81,7 @@ class Training(Section):
     num_train_epochs: float = Field(1.0, gt=0)
     tokens_per_step: int = Field(16384, ge=16, description="Global batch in tokens; the same for any number of workers.")
     micro_batch_tokens: int | None = Field(
-        None, ge=16, description="Tokens per forward pass of one worker; null: chosen by the memory estimate."
+        None, ge=16, description="Tokens per forward pass of one worker; null: 16 384 on a GPU, 2 048 on a CPU."
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations: much less memory, about 1.4 times the time.")
     seed: int = Field(42, ge=0, lt=2**31)
@@ -116,8 +118,8 @@ class OptunaSearch(Section):
 class Tune(Section):
     """The sweep. Keys of `search_space` are dotted paths of this file."""
 
-    metric: str = "eval/loss"
-    mode: Literal["min", "max"] = "min"
+    metric: Literal["eval/loss"] = "eval/loss"
+    mode: Literal["min"] = "min"
     num_samples: int = Field(8, ge=1)
     max_concurrent_trials: int = Field(2, ge=1)
     time_budget_s: float | None = Field(None, gt=0)
@@ -158,7 +160,9 @@ class Evaluate(Section):
     """How the candidate, the base and the champion are measured, on the same rows."""
 
     tasks: tuple[str, ...] = Field(
-        ("perplexity", "exact_match"), min_length=1, description="perplexity, exact_match, json_validity, or lm_eval:<task or file.yaml>."
+        ("perplexity", "exact_match"),
+        min_length=1,
+        description="perplexity, exact_match, json_validity, or lm_eval:<task or file.yaml>.",
     )
     max_new_tokens: int = Field(256, ge=1)
     batch_size: int = Field(64, ge=1)
@@ -216,13 +220,38 @@ class ServeLimits(Section):
     )
 
 
+class ServeAutoscaling(Section):
+    """How many replicas run. The largest of three rules counts; while a signal is missing, their number is held."""
+
+    min_replicas: int = Field(1, ge=0, description="0: nothing runs without requests, and the first one waits for a replica.")
+    max_replicas: int = Field(1, ge=1)
+    target_num_seqs: float | None = Field(
+        None, gt=0, description="Answers, running and waiting, that one replica should have. null: 0.8 of max_num_seqs."
+    )
+    target_kv_cache_usage: float = Field(0.8, gt=0, le=1, description="Part of the KV cache that may be in use.")
+    target_ttft_s: float | None = Field(
+        None, gt=0, description="Time to the first token that 95 of 100 answers should keep. null: no such rule."
+    )
+    upscale_delay_s: float = Field(10.0, ge=0, description="More replicas only when they were wanted for this long.")
+    downscale_delay_s: float = Field(300.0, ge=0, description="Fewer replicas only when they were wanted for this long.")
+    downscale_to_zero_delay_s: float = Field(600.0, ge=0, description="The last replica goes after this long without requests.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ServeAutoscaling":
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"serve.autoscaling.min_replicas ({self.min_replicas}) is above max_replicas ({self.max_replicas}): raise max_replicas"
+            )
+        return self
+
+
 class Serve(Section):
     """The endpoint, under vLLM's names."""
 
     enabled: bool = True
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
-    engine: Literal["altiplano", "vllm"] = "altiplano"
+    engine: Literal["altiplano"] = "altiplano"
     max_model_len: int = Field(2048, ge=16)
     max_num_seqs: int = Field(64, ge=1)
     max_num_batched_tokens: int = Field(2048, ge=16)
@@ -238,6 +267,17 @@ class Serve(Section):
     )
     usd_per_hour: float | None = Field(None, ge=0, description="Price of one replica, for the cost per key and model.")
     otlp_endpoint: str | None = Field(None, description="Where traces go (OTLP over HTTP); null: no traces.")
+    http_proxy: Literal["haproxy", "python"] = Field(
+        "haproxy",
+        description="What stands before the replicas: haproxy adds 0.6 ms to a request, Ray's own proxy in Python 4 ms or more.",
+    )
+    autoscaling: ServeAutoscaling = ServeAutoscaling()
+    graceful_shutdown_timeout_s: float = Field(
+        600.0, gt=0, description="How long a replica that leaves may finish its answers: as long as the longest stream."
+    )
+    health_check_timeout_s: float = Field(
+        30.0, gt=0, description="An engine that says nothing for this long is started again: longer than its longest step."
+    )
 
     @model_validator(mode="after")
     def _guarded(self) -> "Serve":

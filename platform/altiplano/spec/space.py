@@ -20,6 +20,15 @@ def check_space(pipeline: Pipeline) -> list[tuple[str, str]]:
     return problems
 
 
+def samples(distribution: dict[str, Any]) -> list[Any]:
+    """Values that a well-formed distribution can give: every choice, or both ends and one between."""
+    kind, values = next(iter(distribution.items()))
+    if kind == "choice":
+        return list(values)
+    low, high = values
+    return [low, high - 1] if kind == "randint" else [low, high, low + (high - low) * 0.3819]
+
+
 def _unknown(key: str) -> str | None:
     section, _, field = key.partition(".")
     if section in _SECTIONS and field in _SECTIONS[section].model_fields:

@@ -1,5 +1,6 @@
 """The final run: Ray Train over N workers, to the end or to a clear error."""
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,6 @@ from altiplano.train.checkpoint import extract_adapter, newest_valid
 from altiplano.train.sink import MetricSink
 from altiplano.train.worker import Job, train_loop
 
-# Committed checkpoints are polled: what a worker reported right before it died is lost if this is long.
 WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -28,7 +28,8 @@ class TrainError(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """`loss_curve` is (step, loss) over all attempts; `world_sizes` the number of workers at the end of this call."""
+    """`loss_curve` is (step, loss) over all attempts; `world_sizes` the number of workers at the end of this call,
+    `resumed_from` the step that its last attempt went on from (0: from the beginning)."""
 
     adapter_dir: Path
     loss_curve: list[tuple[int, float]]
@@ -37,6 +38,7 @@ class TrainResult:
     tokens_seen: int
     seconds: float
     tokens_per_second: float
+    resumed_from: int
     world_sizes: list[int]
 
 
@@ -69,6 +71,8 @@ def fit(pipeline: spec.Pipeline, prepared_dir: Path, out: Path, *, sink: MetricS
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
     )
+    # Ray Train takes it from the environment of whoever starts its controller.
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(pipeline.failure.start_timeout_s)
     started = time.monotonic()
     try:
         result = trainer.fit()
@@ -88,7 +92,8 @@ def fit(pipeline: spec.Pipeline, prepared_dir: Path, out: Path, *, sink: MetricS
         eval_loss=metrics["eval_loss"],
         tokens_seen=metrics["tokens_seen"],
         seconds=seconds,
-        tokens_per_second=metrics["tokens_seen"] / seconds,
+        tokens_per_second=(metrics["tokens_seen"] - metrics["resumed_tokens"]) / seconds,
+        resumed_from=metrics["resumed_from"],
         world_sizes=[metrics["world_size"]],
     )
 

@@ -49,7 +49,11 @@ class TokenBudgetTrainer(SFTTrainer):
     @property
     def tokens_seen(self) -> int:
         """Tokens of the steps that are done, on all workers."""
-        return int(self._tokens_until[self.state.global_step])
+        return self.tokens_until(self.state.global_step)
+
+    def tokens_until(self, step: int) -> int:
+        """Tokens of the first `step` global steps."""
+        return int(self._tokens_until[step])
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         # The schedule already says what each rank does: accelerate must not split it again.

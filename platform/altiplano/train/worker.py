@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from altiplano import spec
 from altiplano.data import Prepared
-from altiplano.train.checkpoint import ReportCheckpoints, newest_valid
+from altiplano.train.checkpoint import PREFIX, ReportCheckpoints, newest_valid
 from altiplano.train.sink import MetricSink
 from altiplano.train.trainer import NonFiniteLossError, TokenBudgetTrainer, build_trainer
 
@@ -36,10 +36,18 @@ class Curve(TrainerCallback):
         self._prepared, self._every, self._sink, self._scale = prepared, eval_steps, sink, scale
         self.trainer: TokenBudgetTrainer | None = None
         self.eval_loss = float("nan")
+        self.resumed_from = 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
-        if lr_scheduler is not None and self._scale != 1.0:
-            lr_scheduler.base_lrs = [args.learning_rate * self._scale for _ in lr_scheduler.base_lrs]
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        if lr_scheduler is None or optimizer is None or self._scale == 1.0:
+            return
+        # The checkpoint brought both back as they were: the base for the steps to come, and the rate of the very next one.
+        for index, group in enumerate(optimizer.param_groups):
+            base = args.learning_rate * self._scale
+            group["lr"] *= base / lr_scheduler.base_lrs[index]
+            lr_scheduler.base_lrs[index] = base
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self._every == 0 or state.global_step == state.max_steps:
@@ -74,6 +82,7 @@ def train_loop(job: Job) -> None:
         )
         curve.trainer = trainer
         resume = newest_valid(run_dir)
+        curve.resumed_from = int(resume.name.removeprefix(PREFIX)) if resume else 0
         try:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         except NonFiniteLossError:
@@ -94,6 +103,8 @@ def _metrics(state: Any, curve: Curve, world_size: int) -> dict[str, Any]:
         "step": state.global_step,
         "max_steps": state.max_steps,
         "tokens_seen": curve.trainer.tokens_seen,
+        "resumed_from": curve.resumed_from,
+        "resumed_tokens": curve.trainer.tokens_until(curve.resumed_from),
         "last_loss": curve.trainer.last_loss,
         "eval_loss": curve.eval_loss,
         "loss_curve": points,

@@ -156,15 +156,13 @@ def _result(grid: ResultGrid, tune: spec.Tune) -> SweepResult:
     for index in range(len(grid)):
         one = grid[index]
         rows.append(_row(Path(one.path).name, one.config or {}, one.metrics or {}, "ERROR" if one.error else "TERMINATED", tune))
-    ended = [row for row in rows if row.status == "finished" and row.metric is not None] or [
-        row for row in rows if row.metric is not None
-    ]
+    measured = [(row.metric, row) for row in rows if row.metric is not None]
+    ended = [(metric, row) for metric, row in measured if row.status == "finished"] or measured
     if not ended:
         first = next((error for error in grid.errors), None)
         raise SweepError(f"no trial of the sweep finished; the first error: {first}")
-    best = min(ended, key=lambda row: row.metric if tune.mode == "min" else -row.metric)  # type: ignore[operator, arg-type, return-value]
-    assert best.metric is not None
-    return SweepResult(best.params, best.metric, rows)
+    metric, best = min(ended, key=lambda pair: pair[0])
+    return SweepResult(best.params, metric, rows)
 
 
 def _trial_name(trial: Trial) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from altiplano.engine.adapters import Adapter
+from altiplano.engine.adapters import Adapter, Pair
 from altiplano.engine.config import LlamaConfig
 from altiplano.engine.weights import Layer, Weights
 from altiplano_kernels.lora.reference import add_lora
@@ -14,7 +14,7 @@ from altiplano_kernels.rms_norm.reference import add_rms_norm, rms_norm
 from altiplano_kernels.rope.reference import cos_sin, inverse_frequencies, rotate
 from altiplano_kernels.swiglu.reference import swiglu
 
-Pairs = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+Pairs = Mapping[str, Pair]
 
 
 @dataclass(frozen=True)

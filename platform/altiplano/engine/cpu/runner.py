@@ -41,7 +41,7 @@ class CpuRunner:
                 f"{len(self._adapters)} adapters are loaded, and max_loras is {self._config.max_loras}: unload one or raise it"
             )
         self._adapters[name] = load_adapter(
-            name, directory, self._model_config, self._config.max_lora_rank, self._dtype, self._config.device
+            name, directory, self._config.model, self._model_config, self._config.max_lora_rank, self._dtype, self._config.device
         )
 
     def unload_adapter(self, name: str) -> None:

@@ -1,14 +1,15 @@
 """Rows become tokens, after an audit that stops everything when a row would teach nothing or something wrong."""
 
+from pathlib import Path
 from typing import Any
 
 import fsspec
 
 from altiplano.data import prepare
 from altiplano.models.loading import load_tokenizer, resolve_model_path
-from altiplano.models.manifest import digest_file
+from altiplano.models.manifest import ManifestError, digest_file, verify_manifest
 from altiplano.pipeline.context import Context, Stage
-from altiplano.pipeline.ledger import Outputs
+from altiplano.pipeline.ledger import Outputs, Record
 
 
 def _inputs(context: Context) -> dict[str, Any]:
@@ -58,4 +59,13 @@ def _summary(outputs: Outputs) -> str:
     return f"{outputs['rows']} rows to learn from ({outputs['tokens']:,} tokens), {outputs['eval_rows']} held out"
 
 
-STAGE = Stage("data", _inputs, _run, _summary)
+def _holds(context: Context, record: Record) -> bool:
+    """The tokens are still those that were written."""
+    try:
+        verify_manifest(Path(record.outputs["prepared_path"]))
+    except ManifestError:
+        return False
+    return True
+
+
+STAGE = Stage("data", _inputs, _run, _summary, _holds)

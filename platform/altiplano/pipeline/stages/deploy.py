@@ -1,5 +1,6 @@
 """The champion goes to the endpoint, and answers one held-out question before the stage counts as done."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,18 +15,21 @@ from altiplano.models.loading import resolve_model_path
 from altiplano.models.manifest import verify_manifest
 from altiplano.pipeline.context import Context, Stage
 from altiplano.pipeline.ledger import Outputs, Record
-from altiplano.pipeline.serving import serve_control
 from altiplano.pipeline.services import Services
+from altiplano.pipeline.serving import serve_control
 from altiplano.registry import ModelRegistry
 from altiplano.serve import ServeSettings, deploy
 from altiplano.serve.keys import KeyFile
 
 CHAMPION = "champion"
 ANSWER_TIMEOUT_S = 60.0
+TEXT_PROMPT = 16  # tokens
 
 
 class DeployError(RuntimeError):
     """The endpoint did not come up or did not answer."""
+
+    exit_code = 4
 
 
 def _inputs(context: Context) -> dict[str, Any]:
@@ -67,7 +71,11 @@ def redeploy(pipeline: spec.Pipeline, record: Record, services: Services, root: 
     outputs = record.outputs
     verify_manifest(Path(outputs["adapter_path"]))
     served = Path(outputs["adapter_path"]).name
-    deploy(_settings(pipeline, served, outputs["adapter_path"], outputs["template_digest"]), pipeline.serve, serve_control(services, root))
+    deploy(
+        _settings(pipeline, served, outputs["adapter_path"], outputs["template_digest"]),
+        pipeline.serve,
+        serve_control(services, root),
+    )
 
 
 def _settings(pipeline: spec.Pipeline, served: str, adapter: str, template_digest: str) -> ServeSettings:
@@ -91,14 +99,26 @@ def _settings(pipeline: spec.Pipeline, served: str, adapter: str, template_diges
 
 def _ask(url: str, context: Context) -> tuple[str, str]:
     """The first held-out question and the endpoint's answer to it."""
-    row = Prepared.load(context.workspace.stage_dir("data")).eval_rows[0]
-    messages = [m for m in row.messages if m["role"] != "assistant"]
-    body = {"model": CHAMPION, "messages": messages, "max_tokens": context.pipeline.evaluate.max_new_tokens, "temperature": 0.0}
+    rows = Prepared.load(context.workspace.stage_dir("data")).eval_rows
+    body: dict[str, Any] = {"model": CHAMPION, "max_tokens": context.pipeline.evaluate.max_new_tokens, "temperature": 0.0}
+    row = next((row for row in rows if row.reference), None)
+    if row is None:  # plain texts: let it go on with the beginning of one
+        return _post(url, "completions", body | {"prompt": rows[0].input_ids[:TEXT_PROMPT]}, context)
+    return _post(url, "chat/completions", body | {"messages": row.messages[:-1]}, context)
+
+
+def _post(url: str, route: str, body: dict[str, Any], context: Context) -> tuple[str, str]:
     with _key(context) as headers:
-        response = httpx.post(f"{url}/chat/completions", json=body, headers=headers, timeout=ANSWER_TIMEOUT_S)
+        try:
+            response = httpx.post(f"{url}/{route}", json=body, headers=headers, timeout=ANSWER_TIMEOUT_S)
+        except httpx.HTTPError as error:
+            raise DeployError(f"the endpoint did not answer a held-out question ({type(error).__name__}: {error})") from error
     if response.is_error:
         raise DeployError(f"the endpoint answered {response.status_code} to a held-out question: {response.text[:300]}")
-    return messages[-1]["content"], response.json()["choices"][0]["message"]["content"]
+    choice = response.json()["choices"][0]
+    if "messages" in body:
+        return body["messages"][-1]["content"], choice["message"]["content"] or json.dumps(choice["message"].get("tool_calls"))
+    return "(a held-out text)", choice["text"]
 
 
 @contextmanager

@@ -7,8 +7,9 @@ from typing import Any
 from altiplano.data import Prepared
 from altiplano.evaluate import measure
 from altiplano.models.loading import resolve_model_path
+from altiplano.models.manifest import digest_file, verify_manifest
 from altiplano.pipeline.context import Context, Stage
-from altiplano.pipeline.ledger import Outputs
+from altiplano.pipeline.ledger import Outputs, Record
 from altiplano.pipeline.workspace import write_json
 from altiplano.registry import ModelRegistry
 
@@ -16,7 +17,7 @@ BASE, CANDIDATE, CHAMPION = "base", "candidate", "champion"
 
 
 def _inputs(context: Context) -> dict[str, Any]:
-    # The champion of the moment is left out on purpose: once the candidate is champion itself, nothing has to be measured again.
+    # The champion of the moment is not among them: `_holds` looks at it, and once it is the candidate nothing is measured again.
     return {
         "adapter": context.outputs("train")["adapter_digest"],
         "data": context.outputs("data")["digest"],
@@ -29,9 +30,12 @@ def _run(context: Context) -> Outputs:
     pipeline = context.pipeline
     directory = context.workspace.stage_dir("evaluate")
     adapters: dict[str, Path | None] = {BASE: None, CANDIDATE: Path(context.outputs("train")["adapter_path"])}
-    champion = _champion(context, directory)
+    verify_manifest(Path(context.outputs("train")["adapter_path"]))
+    registry = ModelRegistry(context.services.tracking_uri)
+    champion = registry.get(context.registered_name, CHAMPION)
     if champion is not None:
-        adapters[CHAMPION] = champion
+        place = directory / f"champion-{champion.version}"
+        adapters[CHAMPION] = registry.download(context.registered_name, champion.version, place)
     context.progress("evaluate", f"{' and '.join(adapters)} on {context.outputs('data')['eval_rows']} rows")
     scores = measure(
         resolve_model_path(pipeline.model),
@@ -49,18 +53,20 @@ def _run(context: Context) -> Outputs:
     context.tracked.log_artifact(path)
     return {
         "scores_path": str(path),
+        "scores_digest": digest_file(path),
+        "champion": champion.version if champion else None,
         "summary": {subject: dict(score.summary) for subject, score in scores.items()},
         "seconds_per_token": {subject: score.seconds_per_token for subject, score in scores.items()},
     }
 
 
-def _champion(context: Context, directory: Path) -> Path | None:
-    """The present champion's adapter, downloaded and checked; None for the first model of its name."""
-    registry = ModelRegistry(context.services.tracking_uri)
-    version = registry.get(context.registered_name, CHAMPION)
-    if version is None:
-        return None
-    return registry.download(context.registered_name, version.version, directory / f"champion-{version.version}")
+def _holds(context: Context, record: Record) -> bool:
+    """The champion that was measured is still the champion, or the candidate itself has become it."""
+    champion = ModelRegistry(context.services.tracking_uri).get(context.registered_name, CHAMPION)
+    if champion is None:
+        return record.outputs["champion"] is None
+    ours = champion.tags.get("adapter_digest") == context.outputs("train")["adapter_digest"]
+    return bool(ours or champion.version == record.outputs["champion"])
 
 
 def _summary(outputs: Outputs) -> str:
@@ -69,4 +75,4 @@ def _summary(outputs: Outputs) -> str:
     return ", ".join(f"{name} {base[name]:.3g} → {candidate[name]:.3g}" for name in shared)
 
 
-STAGE = Stage("evaluate", _inputs, _run, _summary)
+STAGE = Stage("evaluate", _inputs, _run, _summary, _holds)

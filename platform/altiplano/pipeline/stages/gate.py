@@ -14,7 +14,7 @@ from altiplano.registry import gate
 
 
 def _inputs(context: Context) -> dict[str, Any]:
-    return {"evaluate": context.records["evaluate"].digest, "gate": context.pipeline.gate.model_dump(mode="json")}
+    return {"scores": context.outputs("evaluate")["scores_digest"], "gate": context.pipeline.gate.model_dump(mode="json")}
 
 
 def _run(context: Context) -> Outputs:
@@ -34,7 +34,7 @@ def _run(context: Context) -> Outputs:
         settings,
         comparisons,
         latency={name: score.seconds_per_token for name, score in scores.items()},
-        missing_lineage=collect(context, verdict="pending").missing(),
+        missing_lineage=[*collect(context, verdict="pending").missing(), *_unpinned(context)],
     )
     directory = context.workspace.stage_dir("gate")
     write_json(directory / "verdict.json", verdict.to_json())
@@ -59,6 +59,13 @@ def _run(context: Context) -> Outputs:
         "ci_high": primary.ci_high,
         "p_value": primary.p_value,
     }
+
+
+def _unpinned(context: Context) -> list[str]:
+    """A hub model without a revision may be another one tomorrow."""
+    model = context.pipeline.model
+    local = model.model_name_or_path == "cria" or Path(model.model_name_or_path).is_dir()
+    return [] if local or model.model_revision else ["model.model_revision"]
 
 
 def _summary(outputs: Outputs) -> str:

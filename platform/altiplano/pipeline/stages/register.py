@@ -9,6 +9,10 @@ from altiplano.pipeline.stages.lineage import collect
 from altiplano.registry import ModelRegistry
 
 
+class ChampionChangedError(RuntimeError):
+    """Somebody else promoted a model after this candidate was measured."""
+
+
 def _inputs(context: Context) -> dict[str, Any]:
     return {
         "gate": context.records["gate"].digest,
@@ -21,6 +25,7 @@ def _run(context: Context) -> Outputs:
     verdict = context.outputs("gate")
     name = context.registered_name
     registry = ModelRegistry(context.services.tracking_uri)
+    _check_champion(context, registry)
     version = registry.register(
         Path(context.outputs("train")["adapter_path"]),
         name,
@@ -39,6 +44,16 @@ def _run(context: Context) -> Outputs:
         registry.set_alias(name, "challenger", version)
     champion = registry.get(name, "champion")
     return {"name": name, "version": version, "champion": champion.version if champion else None}
+
+
+def _check_champion(context: Context, registry: ModelRegistry) -> None:
+    champion, compared = registry.get(context.registered_name, "champion"), context.outputs("evaluate")["champion"]
+    ours = champion is not None and champion.tags.get("adapter_digest") == context.outputs("train")["adapter_digest"]
+    if not ours and (champion.version if champion else None) != compared:
+        raise ChampionChangedError(
+            f"the champion of {context.registered_name} is version {champion.version if champion else 'none'} now, and the candidate "
+            f"was compared with {compared or 'none'}: run the same command again to compare with the present one"
+        )
 
 
 def _summary(outputs: Outputs) -> str:

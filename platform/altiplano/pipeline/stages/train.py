@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from altiplano import spec
-from altiplano.models.manifest import verify_manifest
+from altiplano.models.manifest import ManifestError, verify_manifest
 from altiplano.pipeline.context import Context, Stage
 from altiplano.pipeline.events import EventLog
-from altiplano.pipeline.ledger import Outputs
+from altiplano.pipeline.ledger import Outputs, Record
 from altiplano.registry import MlflowSink
 from altiplano.spec.loader import resolve_overrides
 from altiplano.train import fit
@@ -64,7 +64,7 @@ def _run(context: Context) -> Outputs:
     result = fit(
         pipeline,
         context.workspace.stage_dir("data"),
-        context.workspace.stage_dir("train"),
+        context.work_dir("train"),
         sink=sink,
         name=context.pipeline.run.name,
     )
@@ -114,4 +114,12 @@ def _summary(outputs: Outputs) -> str:
     )
 
 
-STAGE = Stage("train", _inputs, _run, _summary)
+def _holds(context: Context, record: Record) -> bool:
+    """The adapter is still the one that was trained."""
+    try:
+        return bool(verify_manifest(Path(record.outputs["adapter_path"])) == record.outputs["adapter_digest"])
+    except ManifestError:
+        return False
+
+
+STAGE = Stage("train", _inputs, _run, _summary, _holds)

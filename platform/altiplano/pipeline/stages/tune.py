@@ -1,11 +1,13 @@
 """The sweep: find the settings of the final run with short trials."""
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from altiplano.pipeline.context import Context, Stage
 from altiplano.pipeline.ledger import Outputs
-from altiplano.registry import MlflowSink, Tracker
+from altiplano.registry import LateSink, MlflowSink, Tracker
+from altiplano.train.sink import MetricSink
 from altiplano.tune import TrialRow, sweep
 
 # How a trial that Ray Tune ended appears in MLflow, whose word for "stopped early" is KILLED.
@@ -21,7 +23,10 @@ class TrialRuns:
     parent_run_id: str
     spool_dir: str
 
-    def __call__(self, trial_id: str, params: dict[str, Any]) -> MlflowSink:
+    def __call__(self, trial_id: str, params: dict[str, Any]) -> MetricSink:
+        return LateSink(partial(self._open, trial_id, params))
+
+    def _open(self, trial_id: str, params: dict[str, Any]) -> MlflowSink:
         settings = " ".join(f"{name.rsplit('.', 1)[-1]}={_short(value)}" for name, value in params.items())
         tracker = Tracker(self.tracking_uri, self.experiment_name, self.spool_dir)
         run = tracker.start_run(
@@ -56,7 +61,7 @@ def _run(context: Context) -> Outputs:
     result = sweep(
         pipeline,
         context.workspace.stage_dir("data"),
-        context.workspace.stage_dir("tune"),
+        context.work_dir("tune"),
         trial_sink=runs,
         on_update=show,
         name=pipeline.run.name,
