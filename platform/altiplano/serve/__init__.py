@@ -7,14 +7,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from altiplano.serve.deployment import deploy, is_serving, undeploy
+    from altiplano.serve.application import deploy
+    from altiplano.serve.control import ServeControl
     from altiplano.serve.settings import ServeSettings
 
-__all__ = ["ServeSettings", "deploy", "is_serving", "undeploy"]
+__all__ = ["ServeControl", "ServeSettings", "deploy"]
+_HOMES = {"ServeControl": "control", "ServeSettings": "settings", "deploy": "application"}
 
 
 def __getattr__(name: str) -> Any:
     # Ray takes seconds to import; who only needs the keys or the wire format does not wait for it.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("altiplano.serve.settings" if name == "ServeSettings" else "altiplano.serve.deployment"), name)
+    return getattr(import_module(f"altiplano.serve.{_HOMES[name]}"), name)

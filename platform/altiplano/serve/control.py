@@ -15,8 +15,9 @@ DEPLOYMENT = "endpoint"
 
 PATH = "/api/serve/applications/"
 POLL_S = 0.1
-ANSWER_TIMEOUT_S = 60.0
+ANSWER_TIMEOUT_S = 120.0
 USER_CONFIG_TIMEOUT_S = 120.0
+START_ATTEMPTS = 5
 
 # Keys of what Serve tells that it also takes.
 _SHARED = ("proxy_location", "http_options", "grpc_options")
@@ -66,6 +67,13 @@ class ServeControl:
         self._request("PUT", _config_of(status))
         self.wait(timeout_s)
 
+    def listening(self, status: dict[str, Any] | None = None) -> tuple[str, int] | None:
+        """Host and port on which Serve listens; None while it does not run."""
+        status = self.status() if status is None else status
+        if not status["proxies"]:
+            return None
+        return status["http_options"]["host"], status["http_options"]["port"]
+
     def deploy(self, config: dict[str, Any], timeout_s: float) -> None:
         """Make the endpoint what `config` (a Serve config with our application alone) says, whatever else Serve runs.
 
@@ -76,7 +84,7 @@ class ServeControl:
         """
         status = self.status()
         others = [app for app in _config_of(status)["applications"] if app["name"] != APPLICATION]
-        self._request("PUT", config | {"applications": [*config["applications"], *others]})
+        self._put(config | {"applications": [*config["applications"], *others]})
         self.wait(timeout_s)
 
     def undeploy(self) -> None:
@@ -112,13 +120,26 @@ class ServeControl:
                 return status
             time.sleep(POLL_S)
 
+    def _put(self, config: dict[str, Any]) -> None:
+        """A PUT that may start Serve: on a busy machine its first proxy comes too late for Ray, the next attempt finds it."""
+        for _ in range(START_ATTEMPTS - 1):
+            try:
+                self._request("PUT", config)
+                return
+            except DeployError as error:
+                if "ActorDiedError" not in str(error) and "TimeoutError" not in str(error):
+                    raise
+        self._request("PUT", config)
+
     def _request(self, method: str, body: Any = None) -> httpx.Response:
         try:
             response = httpx.request(method, self._url, headers=self._headers, json=body, timeout=ANSWER_TIMEOUT_S)
         except httpx.HTTPError as error:
             raise ControlError(f"Ray's dashboard does not answer at {self._url} ({error}): is the cluster running?") from error
         if response.status_code in (401, 403):
-            raise ControlError(f"Ray's dashboard refuses the token ({response.status_code}): give the cluster's own (RAY_AUTH_TOKEN)")
+            raise ControlError(
+                f"Ray's dashboard refuses the token ({response.status_code}): give the cluster's own (RAY_AUTH_TOKEN)"
+            )
         if response.is_error:
             raise DeployError(f"Ray Serve refuses this ({response.status_code}): {response.text[-2000:]}")
         return response

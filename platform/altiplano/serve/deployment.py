@@ -1,33 +1,35 @@
 """The endpoint on Ray Serve: one replica is the HTTP front end and its engine process; tokens take one hop."""
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.schema import ApplicationStatus
 from tokenizers import Tokenizer
 
 from altiplano import spec
 from altiplano.data.templates import ChatTemplate
-from altiplano.models.manifest import verify_manifest
 from altiplano.serve.app import create_app
+from altiplano.serve.autoscaling import load_of
+from altiplano.serve.control import DEPLOYMENT, DeployError
 from altiplano.serve.engine_client import EngineDiedError
 from altiplano.serve.errors import ApiError
 from altiplano.serve.generation import Generator
 from altiplano.serve.governance import Governance
-from altiplano.serve.keys import KeyFile, KeyRing
 from altiplano.serve.logs import write_json_lines
 from altiplano.serve.metering import MeteredEngineClient
 from altiplano.serve.settings import ServeSettings
+from altiplano.serve.ttft import RecentPercentile, cumulative_buckets
 
-APPLICATION = "altiplano"
-HEALTH_TIMEOUT_S = 30.0
+SNAPSHOT_TIMEOUT_S = 3.0
 
+logger = logging.getLogger(__name__)
 
-class DeployError(RuntimeError):
-    """The endpoint cannot be deployed as asked."""
+STATS_TIMEOUT_S = 5.0
+# Serve's autoscaler looks at the time to the first token that 95 of 100 answers of the last half minute kept.
+TTFT_SHARE, TTFT_WINDOW_S = 0.95, 30.0
 
 
 async def make_generator(settings: ServeSettings) -> Generator:
@@ -37,7 +39,7 @@ async def make_generator(settings: ServeSettings) -> Generator:
         DeployError: the adapters were trained with another prompt format than this endpoint writes.
         RuntimeError: the engine did not start.
     """
-    template = _checked_template(settings)
+    template = checked_template(settings)
     client = MeteredEngineClient(settings)
     await client.start()
     for name, path in settings.adapters.items():
@@ -71,69 +73,71 @@ def build_app() -> FastAPI:
     return create_app(current, _Process.governance)
 
 
-@serve.deployment(name="endpoint")
+@serve.deployment(name=DEPLOYMENT)
 @serve.ingress(build_app)
 class Endpoint:
     """One replica. `settings` are those of ServeSettings, `endpoint` those of the pipeline file's `serve`."""
 
     async def __init__(self, settings: dict[str, Any], endpoint: dict[str, Any]) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         write_json_lines()
-        _Process.governance = Governance.of(spec.Serve.model_validate(endpoint))
+        wanted = spec.Serve.model_validate(endpoint)
+        _Process.governance = Governance.of(wanted)
         _Process.generator = await make_generator(ServeSettings(**settings))
+        _Process.generator.experiment.gather = _snapshots
+        self._patience_s = wanted.health_check_timeout_s
+        self._first_token = RecentPercentile(TTFT_SHARE, TTFT_WINDOW_S)
+        self._configured = False
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Adapters and aliases change here, without a restart and without touching running requests."""
-        generator = current()
-        for name, path in user_config["adapters"].items():
-            if name not in generator.client.adapters:
-                await generator.client.load_adapter(name, path)
-        generator.aliases = dict(user_config["aliases"])
-        for name in set(generator.client.adapters) - set(user_config["adapters"]):
-            await generator.client.unload_adapter(name)
+        """Adapters, aliases and the test of them change here, without a restart and without touching running requests."""
+        try:
+            await current().client.wait_until_ready()
+            await current().reconfigure(user_config)
+        except ValueError as error:
+            # Serve replaces a replica that raises here, and the next one would not start at all.
+            if not self._configured:
+                raise
+            logger.error("this user_config is not taken, the one before stays: %s", error)
+        self._configured = True
+
+    async def ab_snapshot(self) -> dict[str, Any]:
+        """What became of this replica's requests, for the replica that was asked about all."""
+        return current().experiment.snapshot()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """The load of this replica for the policy. An engine that does not answer reports nothing, which holds the number."""
+        assert _Process.governance is not None
+        stats = await current().client.stats(STATS_TIMEOUT_S)
+        buckets = cumulative_buckets(_Process.governance.metrics.first_token.collect())
+        return asdict(load_of(stats, self._first_token.update(buckets, _Process.governance.clock())))
 
     async def check_health(self) -> None:
-        # An engine that is starting again is not a reason to replace the replica; one that hangs is.
+        """Starts an engine that hangs again; fails, so that Serve replaces this replica, when there is no engine to be had."""
+        client = current().client
         try:
-            await current().client.stats(HEALTH_TIMEOUT_S)
+            await client.stats(self._patience_s)
+        except TimeoutError:
+            logger.error("the engine said nothing for %g s: it is started again", self._patience_s)
+            client.restart()
         except EngineDiedError:
-            return
+            if client.failure is not None:
+                raise
 
 
-def deploy(settings: ServeSettings, endpoint: spec.Serve) -> None:
-    """Deploy, or change what is deployed; ray.init has happened. Returns when the endpoint answers.
+async def _snapshots() -> list[dict[str, Any]]:
+    """Of all replicas that answer within seconds."""
+    own = serve.get_replica_context()
+    handle = serve.get_deployment_handle(own.deployment, own.app_name)
+    found = await handle.broadcast("ab_snapshot").results_async(timeout_s=SNAPSHOT_TIMEOUT_S, return_exceptions=True)
+    return [snapshot for snapshot in found if isinstance(snapshot, dict)]
+
+
+def checked_template(settings: ServeSettings) -> ChatTemplate:
+    """The chat format of this endpoint.
 
     Raises:
-        ManifestError: an adapter is damaged.
-        KeyFileError: the key file is missing, damaged or empty.
-        DeployError: the application did not come up; the message is its own.
+        DeployError: the adapters were trained with another one.
     """
-    for path in settings.adapters.values():
-        verify_manifest(Path(path))
-    _checked_template(settings)
-    if endpoint.api_keys_file is not None:
-        KeyRing(KeyFile(Path(endpoint.api_keys_file)))
-    # Adapters and aliases go through user_config: a change of those alone needs no new replica where Serve is driven by config.
-    fixed = asdict(settings) | {"adapters": {}, "aliases": {}}
-    serve.start(http_options={"host": endpoint.host, "port": endpoint.port}, proxy_location="HeadOnly")
-    deployment = Endpoint.options(  # type: ignore[attr-defined]
-        ray_actor_options={"num_cpus": 1},
-        max_ongoing_requests=endpoint.max_num_seqs * 4,
-        max_queued_requests=endpoint.max_num_seqs * 16,
-        user_config={"adapters": settings.adapters, "aliases": settings.aliases},
-        graceful_shutdown_timeout_s=60,
-        health_check_timeout_s=HEALTH_TIMEOUT_S + 10,
-    )
-    try:
-        serve.run(deployment.bind(fixed, endpoint.model_dump(mode="json")), name=APPLICATION, route_prefix="/")
-    except RuntimeError as error:
-        status = serve.status().applications.get(APPLICATION)
-        raise DeployError(f"the endpoint did not come up: {_why(status) or error}") from error
-    status = serve.status().applications[APPLICATION]
-    if status.status != ApplicationStatus.RUNNING:
-        raise DeployError(f"the endpoint is {status.status}: {status.message}")
-
-
-def _checked_template(settings: ServeSettings) -> ChatTemplate:
     template = ChatTemplate(settings.date_string)
     if settings.template_digest is not None and settings.template_digest != template.digest:
         raise DeployError(
@@ -141,18 +145,3 @@ def _checked_template(settings: ServeSettings) -> ChatTemplate:
             "set data.date_string as in training, or train again"
         )
     return template
-
-
-def _why(status: Any) -> str:
-    """What Serve says about an application and its deployments."""
-    return "" if status is None else "; ".join(filter(None, (status.message, *(d.message for d in status.deployments.values()))))
-
-
-def is_serving() -> bool:
-    """Whether this cluster already listens for HTTP: then the port is taken by ourselves."""
-    return bool(serve.status().proxies)
-
-
-def undeploy() -> None:
-    """Take the endpoint down."""
-    serve.delete(APPLICATION)

@@ -68,6 +68,33 @@ class EngineClient:
                 await self._keeper
             self._keeper = None
 
+    def restart(self) -> None:
+        """End the process, which may hang: its requests end with EngineDiedError and a new one starts."""
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
+    async def wait_until_ready(self) -> None:
+        """Until the engine answers.
+
+        Raises:
+            EngineDiedError: it cannot start any more.
+        """
+        if self._keeper is None or self._keeper.done():
+            raise EngineDiedError(f"the engine does not start again: {self.failure}")
+        waiting = asyncio.create_task(self._ready.wait())
+        await asyncio.wait({waiting, self._keeper}, return_when=asyncio.FIRST_COMPLETED)
+        if not self._ready.is_set():
+            waiting.cancel()
+            raise EngineDiedError(f"the engine does not start again: {self.failure}")
+
+    @property
+    def failure(self) -> str | None:
+        """Why there will be no engine any more; None while there is one or one starts."""
+        if self._keeper is not None and self._keeper.done():
+            return self._failure or "its process ended while it started"
+        return None
+
     @property
     def ready(self) -> bool:
         return self._ready.is_set()

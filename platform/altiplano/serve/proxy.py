@@ -1,0 +1,56 @@
+"""What stands before the replicas: HAProxy with Serve's throughput mode, or Ray's own proxy in Python.
+
+Serve reads this from the environment of its controller, proxies and replicas when they start.
+"""
+
+import os
+import socket
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from altiplano import spec
+
+ENABLE = "RAY_SERVE_ENABLE_HA_PROXY"
+
+
+def proxy_environment(endpoint: spec.Serve) -> dict[str, str]:
+    """Environment variables of Serve's processes.
+
+    HAProxy's files and ports get places of their own, because Ray's defaults are one per machine and a second cluster would
+    take the first one's traffic.
+    """
+    if endpoint.http_proxy == "python":
+        return {ENABLE: "0"}
+    folder = Path(tempfile.gettempdir()) / f"altiplano-haproxy-{os.getuid()}-{endpoint.port}"
+    stats, metrics = _free_ports(2)
+    return {
+        ENABLE: "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        # Every change of replicas starts a new HAProxy; the old one ends its streams for this long.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(endpoint.graceful_shutdown_timeout_s)),
+    }
+
+
+def proxy_of(application_config: dict[str, Any]) -> str:
+    """ "haproxy" or "python": through which one a Serve application was deployed."""
+    environment = application_config.get("runtime_env", {}).get("env_vars", {})
+    return "haproxy" if environment.get(ENABLE) == "1" else "python"
+
+
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("", 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
