@@ -76,7 +76,7 @@ allowPrivilegeEscalation: false
 capabilities:
   drop: [ALL]
 privileged: false
-readOnlyRootFilesystem: true
+readOnlyRootFilesystem: {{ .Values.podSecurity.readOnlyRootFilesystem }}
 runAsNonRoot: true
 seccompProfile:
   type: RuntimeDefault
