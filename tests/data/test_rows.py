@@ -172,3 +172,36 @@ def test_prepared_data_survives_the_disk_and_notices_a_flipped_byte(tmp_path: Pa
     (tmp_path / "out/train.jsonl").write_bytes(lines)
     with pytest.raises(ManifestError, match=r"train\.jsonl"):
         Prepared.load(tmp_path / "out")
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    whole = gzip.compress(b"".join(json.dumps(CHAT).encode() + b"\n" for _ in range(2000)))
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "no.parquet").write_bytes(b"PAR1 this is none")
+    for name in ("cut.jsonl.gz", "no.parquet"):
+        with pytest.raises(SourceError, match=f"{name} cannot be read"):
+            list(read(spec.DataSource(path=str(tmp_path / name))))
+
+
+def test_rows_that_the_chat_format_cannot_express_are_named(tmp_path: Path, tokenizer: Any) -> None:
+    call = {"type": "function", "function": {"name": "buy", "arguments": {"item": "pie"}}}
+    twice = {"messages": [{"role": "user", "content": "Buy"}, {"role": "assistant", "content": "", "tool_calls": [call, call]}]}
+    with pytest.raises(AuditError, match=r"train.jsonl: row 2: does not fit the chat format"):
+        prepare(data(jsonl(tmp_path / "train.jsonl", [chat("a"), twice]), jsonl(tmp_path / "eval.jsonl", [chat("b")])), tokenizer)
+
+
+def test_what_is_compared_is_what_the_model_would_write(tmp_path: Path, tokenizer: Any) -> None:
+    call = {"type": "function", "function": {"name": "buy", "arguments": {"item": "pie"}}}
+    rows = [
+        {"messages": [{"role": "user", "content": "Buy"}, {"role": "assistant", "content": "", "tool_calls": [call]}]},
+        {
+            "messages": [
+                {"role": "user", "content": "a?"},
+                {"role": "assistant", "content": "first"},
+                *chat("b?", "second")["messages"],
+            ]
+        },
+    ]
+    found = prepare(data(jsonl(tmp_path / "train.jsonl", [chat("x")]), jsonl(tmp_path / "eval.jsonl", rows)), tokenizer).eval_rows
+    assert json.loads(found[0].reference) == {"name": "buy", "parameters": {"item": "pie"}}
+    assert found[1].reference == "second"

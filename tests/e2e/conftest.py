@@ -30,6 +30,13 @@ serve: {max_model_len: 256, kv_cache_tokens: 4096, max_num_seqs: 8}
 """
 
 
+def not_here(why: str) -> None:
+    """A check that this machine cannot make: an error where everything must be there (CI), else a note."""
+    if os.environ.get("ALTIPLANO_TEST_EVERYTHING"):
+        pytest.fail(why)
+    print(f"not checked: {why}")
+
+
 def write_pipeline(directory: Path, port: int) -> Path:
     """A pipeline file with its data in `directory`."""
     rng = random.Random(0)

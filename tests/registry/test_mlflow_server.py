@@ -9,7 +9,7 @@ import pytest
 from mlflow import MlflowClient
 
 from altiplano.models.manifest import ManifestError, write_manifest
-from altiplano.registry import Lineage, MlflowSink, ModelRegistry, RegistryUnavailableError, Tracker
+from altiplano.registry import LateSink, Lineage, MlflowSink, ModelRegistry, RegistryUnavailableError, Tracker
 from altiplano.registry.server import MlflowServerError, ServerInfo, start_server
 
 from .conftest import free_port, stop
@@ -76,11 +76,16 @@ def test_promote_and_roll_back_move_the_aliases(server: ServerInfo, tmp_path: Pa
     assert registry.get("orders", "champion") is None
     versions = []
     for name in ("first", "second"):
+        (adapter / "adapter_model.safetensors").write_bytes(name.encode() * 100)
+        write_manifest(adapter)
         run_id = tracker.start_run(name, "register").run_id
         versions.append(registry.register(adapter, "orders", run_id, lineage(), tags={"gate": "promote"}, params={"r": 8}))
         assert registry.register(adapter, "orders", run_id, lineage(), tags={}, params={}) == versions[-1]
         registry.promote("orders", versions[-1])
     assert versions == [1, 2]
+    other_run = tracker.start_run("third", "register").run_id
+    assert registry.register(adapter, "orders", other_run, lineage(), tags={"gate": "again"}, params={}) == 2, "the same bytes"
+    registry.promote("orders", 2)
     assert {v.version: v.aliases for v in registry.versions("orders")} == {2: ("champion",), 1: ("previous",)}
     assert registry.rollback("orders") == 1
     assert {v.version: v.aliases for v in registry.versions("orders")} == {1: ("champion",), 2: ("previous",)}
@@ -123,6 +128,12 @@ def test_measurements_wait_while_the_server_is_away(tmp_path: Path) -> None:
     stop(info)
     run.log_metrics({"train/loss": 2.0}, 2)
     assert not tracker.flush(1.0), "nothing can have been sent"
+    late = LateSink(
+        lambda: MlflowSink(
+            info.uri, Tracker(info.uri, "outage", str(tmp_path / "late")).start_run("trial", "t").run_id, str(tmp_path / "late")
+        )
+    )
+    late.log_metrics({"eval/loss": 7.0}, 1)
     with pytest.raises(RegistryUnavailableError, match="run the same command again"):
         tracker.start_run("deploy", "deploy")
     again = start_server(tmp_path / "mlflow", port)
@@ -130,6 +141,11 @@ def test_measurements_wait_while_the_server_is_away(tmp_path: Path) -> None:
         assert tracker.flush(FLUSH_S)
         history = MlflowClient(again.uri).get_metric_history(run.run_id, "train/loss")
         assert [m.value for m in history] == [3.0, 2.0]
+        late._next_try = 0.0  # as if the pause between two tries were over
+        late.log_metrics({"eval/loss": 6.0}, 2)
+        assert late._sink is not None and late._sink._tracked()._spool.flush(FLUSH_S)
+        trial = MlflowClient(again.uri).get_metric_history(late._sink.run_id, "eval/loss")
+        assert [m.value for m in trial] == [7.0, 6.0], "the first was measured while no server was there"
     finally:
         stop(again)
 

@@ -52,6 +52,7 @@ def test_values_know_where_they_come_from(tmp_path: Path) -> None:
         (("data:", "data: ["), ":3", "not valid YAML"),
         (("run: {name: test}", "run: {name: test}\ngate: {primary: bleu}"), "", "evaluate.tasks"),
         (("2e-4", "2e-4\n  tokens_per_step: 100"), "", "raise tokens_per_step"),
+        (("run: {name: test}", "run: {name: test}\nlora: {init_lora_weights: pissa}"), ":8: lora.init_lora_weights", "pissa"),
     ],
 )
 def test_mistakes_are_named_with_their_line(tmp_path: Path, change: tuple[str, str], place: str, words: str) -> None:
@@ -96,12 +97,23 @@ def test_files_that_are_no_pipeline_files(tmp_path: Path) -> None:
         ("{training.learning_rate: {loguniform: [0, 1]}}", "low > 0"),
         ("{training.learning_rate: {uniform: [2, 1]}}", "low < high"),
         ("{training.learning_rate: {uniform: [2, 1], choice: [1]}}", "exactly one"),
+        ("{lora.r: {uniform: [4, 32]}}", r"search_space.lora.r: 14\.69.* would be refused"),
+        ("{training.learning_rate: {choice: [1.0e-3, fast]}}", "'fast' would be refused"),
+        ("{training.learning_rate: {loguniform: [1.0e-3, 7]}}", "7 would be refused"),
     ],
 )
 def test_search_spaces_are_checked(tmp_path: Path, space: str, words: str) -> None:
     text = GOOD + "tune:\n  scheduler: {max_t: 9, grace_period: 1}\n  search_space: " + space + "\n"
     with pytest.raises(SpecError, match=words):
         load(write(tmp_path, text))
+
+
+def test_overrides_of_list_items_must_exist(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    assert load(path, ["data.datasets.0.split=small"]).pipeline.data.datasets[0].split == "small"
+    for wrong in ("data.datasets.5.path=zz", "data.datasets.x.path=1"):
+        with pytest.raises(SpecError, match="is no item of a list of 1"):
+            load(path, [wrong])
 
 
 def test_a_trials_settings_are_checked_like_a_file(tmp_path: Path) -> None:

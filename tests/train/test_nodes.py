@@ -113,6 +113,7 @@ fit(settings(Path(sys.argv[2])), Path(sys.argv[3]), Path(sys.argv[4]), sink=Nowh
 
 
 def check_equal(result: TrainResult, expected: TrainResult) -> None:
+    assert result.resumed_from > 0 and expected.resumed_from == 0, "it went on from a checkpoint"
     assert result.last_loss == pytest.approx(expected.last_loss, abs=1e-4)
     assert result.eval_loss == pytest.approx(expected.eval_loss, abs=1e-4)
     assert dict(result.loss_curve) == pytest.approx(dict(expected.loss_curve), abs=1e-4)

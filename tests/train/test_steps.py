@@ -1,4 +1,4 @@
-"""One process: adapters of every kind learn, bad numbers are survived, the learning rate follows its schedule."""
+"""One process: adapters of every kind learn, bad numbers are survived, and what comes after them is slower."""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from altiplano.data import Prepared
 from altiplano.train.trainer import NonFiniteLossError, build_trainer
+from altiplano.train.worker import Curve
 
 from .conftest import Nowhere, pipeline
 
@@ -72,3 +73,21 @@ def test_a_step_that_is_not_finite_is_skipped_and_three_end_the_run(rows: Path, 
     trainer = build_trainer(pipeline(rows), prepared[1].train, tmp_path / "b", Nowhere(), callbacks=[Poison({1, 2, 3})])
     with pytest.raises(NonFiniteLossError, match="learning_rate"):
         trainer.train()
+
+
+def test_after_numbers_that_were_not_finite_every_step_has_half_the_rate(
+    rows: Path, prepared: PreparedData, tmp_path: Path
+) -> None:
+    settings = pipeline(rows, training={"lr_scheduler_type": "constant", "save_steps": 4})
+    first = build_trainer(settings, prepared[1].train, tmp_path, Nowhere(), save_steps=4)
+    first.train()
+    saved = min(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    curve = Curve(prepared[1], 1000, Nowhere(), scale=0.5)
+    second = build_trainer(settings, prepared[1].train, tmp_path / "again", Nowhere(), callbacks=[curve])
+    curve.trainer = second
+    second.train(resume_from_checkpoint=str(saved))
+    rates = {entry["step"]: entry["learning_rate"] for entry in second.state.log_history if "learning_rate" in entry}
+    before, full = int(saved.name.rsplit("-", 1)[1]), settings.training.learning_rate
+    assert [rate for step, rate in rates.items() if step <= before] == [full] * before
+    later = [rate for step, rate in rates.items() if step > before]
+    assert later and later == pytest.approx([full / 2] * len(later))

@@ -70,6 +70,7 @@ def test_a_run_whose_worker_is_killed_ends_as_if_nothing_had_happened(
     threading.Thread(target=kill_one, daemon=True).start()
     result = run(rows, prepared, tmp_path, 2)
     assert killed
+    assert result.resumed_from > 0, "it went on from a checkpoint"
     expected = two_workers[1]
     assert result.last_loss == pytest.approx(expected.last_loss, abs=1e-4)
     assert result.eval_loss == pytest.approx(expected.eval_loss, abs=1e-4)
