@@ -277,6 +277,8 @@ class EngineClient:
             "max_num_batched_tokens": s.max_num_batched_tokens,
             "block_size": s.block_size,
             "num_blocks": max(1, s.kv_cache_tokens // s.block_size),
+            "kv_cache_dtype": s.kv_cache_dtype,
+            "quantization": s.quantization,
             "enable_prefix_caching": s.enable_prefix_caching,
             "max_lora_rank": 512,
             # A laptop's engine shares its cores with the front end and with training.

@@ -20,4 +20,6 @@ class ServeSettings:
     max_num_batched_tokens: int = 2048
     block_size: int = 32
     kv_cache_tokens: int = 65536
+    kv_cache_dtype: str = "auto"
+    quantization: str = "none"
     enable_prefix_caching: bool = True

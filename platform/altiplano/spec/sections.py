@@ -256,8 +256,12 @@ class Serve(Section):
     max_num_seqs: int = Field(64, ge=1)
     max_num_batched_tokens: int = Field(2048, ge=16)
     block_size: int = Field(32, ge=1, description="Tokens per page of KV cache.")
-    kv_cache_tokens: int = Field(
-        65536, ge=32, description="Size of the KV cache in tokens (on a CPU; on a GPU: what memory allows)."
+    kv_cache_tokens: int = Field(65536, ge=32, description="Size of the KV cache in tokens.")
+    kv_cache_dtype: Literal["auto", "bf16", "fp8", "int8"] = Field(
+        "auto", description="8 bits with a scale per token and head: twice the context in the same memory; on a GPU only."
+    )
+    quantization: Literal["none", "int8", "int4"] = Field(
+        "none", description="Weights in groups of 128, made while loading: faster at small batches, less exact; on a GPU only."
     )
     enable_prefix_caching: bool = True
     api_keys_file: str | None = Field(None, description="File of `altiplano keys`. null: no keys, and a loopback host only.")
@@ -320,6 +324,10 @@ class Pipeline(Section):
         if self.gate.primary not in self.evaluate.tasks:
             raise ValueError(
                 f"gate.primary is {self.gate.primary!r}, which is not in evaluate.tasks {list(self.evaluate.tasks)}: add it there"
+            )
+        if not self.scaling.use_gpu and (self.serve.kv_cache_dtype, self.serve.quantization) != ("auto", "none"):
+            raise ValueError(
+                "serve.kv_cache_dtype and serve.quantization need a GPU: leave them out, or set scaling.use_gpu=true"
             )
         missing = sorted(set(self.gate.non_inferiority) - set(self.evaluate.tasks))
         if missing:

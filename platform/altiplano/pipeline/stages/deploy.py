@@ -93,6 +93,8 @@ def _settings(pipeline: spec.Pipeline, served: str, adapter: str, template_diges
         max_num_batched_tokens=pipeline.serve.max_num_batched_tokens,
         block_size=pipeline.serve.block_size,
         kv_cache_tokens=pipeline.serve.kv_cache_tokens,
+        kv_cache_dtype=pipeline.serve.kv_cache_dtype,
+        quantization=pipeline.serve.quantization,
         enable_prefix_caching=pipeline.serve.enable_prefix_caching,
     )
 
