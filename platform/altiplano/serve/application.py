@@ -39,7 +39,7 @@ def build(args: dict[str, Any]) -> Application:
         ValueError: an argument that nobody knows or that is wrong.
     """
     settings, endpoint = parse(args)
-    return Endpoint.bind(asdict(settings), endpoint.model_dump(mode="json"))  # type: ignore[attr-defined, no-any-return]
+    return Endpoint.bind(asdict(settings), endpoint.model_dump(mode="json"))  # type: ignore[attr-defined]
 
 
 def parse(args: dict[str, Any]) -> tuple[ServeSettings, spec.Serve]:
