@@ -48,6 +48,7 @@ class Curve(TrainerCallback):
             base = args.learning_rate * self._scale
             group["lr"] *= base / lr_scheduler.base_lrs[index]
             lr_scheduler.base_lrs[index] = base
+            lr_scheduler._last_lr[index] = group["lr"]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self._every == 0 or state.global_step == state.max_steps:
