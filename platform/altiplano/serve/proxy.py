@@ -3,10 +3,7 @@
 Serve reads this from the environment of its controller, proxies and replicas when they start.
 """
 
-import os
 import socket
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from altiplano import spec
@@ -17,21 +14,16 @@ ENABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 def proxy_environment(endpoint: spec.Serve) -> dict[str, str]:
     """Environment variables of Serve's processes.
 
-    HAProxy's files and ports get places of their own, because Ray's defaults are one per machine and a second cluster would
-    take the first one's traffic.
+    HAProxy's pages of statistics get free ports: Ray's defaults are one per machine, and a second cluster could not start.
     """
     if endpoint.http_proxy == "python":
         return {ENABLE: "0"}
-    folder = Path(tempfile.gettempdir()) / f"altiplano-haproxy-{os.getuid()}-{endpoint.port}"
     stats, metrics = _free_ports(2)
     return {
         ENABLE: "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        # HAProxy learns at once that a replica leaves; Ray's 30 s are for load balancers that only look now and then.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         # Every change of replicas starts a new HAProxy; the old one ends its streams for this long.
@@ -40,7 +32,7 @@ def proxy_environment(endpoint: spec.Serve) -> dict[str, str]:
 
 
 def proxy_of(application_config: dict[str, Any]) -> str:
-    """ "haproxy" or "python": through which one a Serve application was deployed."""
+    """Through which one a Serve application was deployed, `haproxy` or `python`."""
     environment = application_config.get("runtime_env", {}).get("env_vars", {})
     return "haproxy" if environment.get(ENABLE) == "1" else "python"
 
