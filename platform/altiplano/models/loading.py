@@ -1,18 +1,16 @@
-"""From the `model` and `lora` sections to modules: safetensors only, never remote code."""
+"""From the `model` and `lora` sections to modules: safetensors only, never remote code.
+
+torch, transformers and PEFT are imported by the functions that need them: whoever only asks where a model lies waits for none.
+"""
 
 from pathlib import Path
 from typing import Any
-
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from altiplano import spec
 from altiplano.models.cria import cria_path
 from altiplano.models.manifest import verify_manifest
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class ModelError(ValueError):
@@ -45,6 +43,8 @@ def resolve_model_path(model: spec.Model) -> Path:
 
 def load_tokenizer(model: spec.Model) -> Any:
     """The model's fast tokenizer."""
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(resolve_model_path(model), trust_remote_code=False)
 
 
@@ -54,8 +54,11 @@ def load_base(model: spec.Model, device: str) -> Any:
     Raises:
         ModelError: bitsandbytes is missing.
     """
+    import torch
+    from transformers import AutoModelForCausalLM
+
     options: dict[str, Any] = {
-        "dtype": DTYPES[model.dtype],
+        "dtype": getattr(torch, model.dtype),
         "attn_implementation": model.attn_implementation,
         "device_map": {"": device},
     }
@@ -74,6 +77,9 @@ def attach_lora(base: Any, lora: spec.Lora, seed: int) -> Any:
     A 4-bit base keeps its embeddings and norms as loaded: PEFT's `prepare_model_for_kbit_training` would make them, and with
     them the residual stream, float32, which costs a third of the speed and 11 GB at 8 x 2 048 tokens of the 1B.
     """
+    import torch
+    from peft import LoraConfig, get_peft_model
+
     torch.manual_seed(seed)
     settings = lora.model_dump()
     if not isinstance(settings["target_modules"], str):
@@ -88,13 +94,14 @@ def _four_bits(model: spec.Model) -> Any:
         raise ModelError(
             "model.load_in_4bit needs bitsandbytes: pip install 'altiplano[gpu]', or set load_in_4bit=false"
         ) from error
+    import torch
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=model.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=model.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=DTYPES[model.bnb_4bit_compute_dtype],
+        bnb_4bit_compute_dtype=getattr(torch, model.bnb_4bit_compute_dtype),
     )
 
 

@@ -12,8 +12,8 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from altiplano import spec
 from altiplano.train.checkpoint import extract_adapter, newest_valid
+from altiplano.train.job import Job
 from altiplano.train.sink import MetricSink
-from altiplano.train.worker import Job, train_loop
 
 WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -99,6 +99,8 @@ def fit(pipeline: spec.Pipeline, prepared_dir: Path, out: Path, *, sink: MetricS
 
 
 def _loop(config: dict[str, Any]) -> None:
+    from altiplano.train.worker import train_loop  # the training stack: slow to import, and needed by workers only
+
     train_loop(config["job"])
 
 

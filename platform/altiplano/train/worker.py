@@ -2,7 +2,6 @@
 
 import json
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,13 @@ from transformers import TrainerCallback
 
 from altiplano import spec
 from altiplano.data import Prepared
-from altiplano.train.checkpoint import PREFIX, ReportCheckpoints, newest_valid
+from altiplano.train.checkpoint import PREFIX, newest_valid
+from altiplano.train.job import Job
+from altiplano.train.report import ReportCheckpoints
 from altiplano.train.sink import MetricSink
 from altiplano.train.trainer import NonFiniteLossError, TokenBudgetTrainer, build_trainer
 
 RATE_FILE = "learning_rate_scale.json"
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that a worker is told. Paths are on storage that every worker sees."""
-
-    pipeline: dict[str, Any]
-    prepared_dir: str
-    run_dir: str
-    sink: MetricSink
 
 
 class Curve(TrainerCallback):

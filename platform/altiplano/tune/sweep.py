@@ -4,7 +4,6 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from ray.tune.search import ConcurrencyLimiter
 
 from altiplano import spec
 from altiplano.train.sink import MetricSink
+from altiplano.tune.job import TrialJob
 from altiplano.tune.search import make_search
-from altiplano.tune.trial import TrialJob, run_trial
 
 
 class SweepError(RuntimeError):
@@ -63,7 +62,7 @@ def sweep(
     out.mkdir(parents=True, exist_ok=True)
     job = TrialJob(pipeline.model_dump(mode="json"), str(prepared_dir), trial_sink)
     resources = {"gpu": 1} if pipeline.scaling.use_gpu else {"cpu": pipeline.scaling.cpus_per_trial}
-    trainable = ray.tune.with_resources(_named(partial(run_trial, job=job)), resources)
+    trainable = ray.tune.with_resources(_named(job), resources)
     watch = _Watch(tune, on_update)
     path = str((out / name).resolve())
     tuner = _restored(path, trainable)
@@ -170,10 +169,12 @@ def _trial_name(trial: Trial) -> str:
     return f"trial-{int(trial.experiment_tag.split('_', 1)[0]):03d}"
 
 
-def _named(function: Any) -> Callable[[dict[str, Any]], None]:
+def _named(job: TrialJob) -> Callable[[dict[str, Any]], None]:
     """Ray Tune names experiments after the function."""
 
     def trial(config: dict[str, Any]) -> None:
-        function(config)
+        from altiplano.tune.trial import run_trial  # the training stack: slow to import, and needed by trials only
+
+        run_trial(config, job)
 
     return trial

@@ -3,8 +3,6 @@
 import math
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +15,9 @@ from altiplano.data import Prepared
 from altiplano.spec.loader import resolve_overrides
 from altiplano.train.sink import MetricSink
 from altiplano.train.trainer import NonFiniteLossError, TokenBudgetTrainer, build_trainer
+from altiplano.tune.job import TrialJob
 
 CHECKPOINT = "state"
-
-
-@dataclass(frozen=True)
-class TrialJob:
-    """What every trial is told; `open_sink` makes the trial's own sink in the trial's process."""
-
-    pipeline: dict[str, Any]
-    prepared_dir: str
-    open_sink: Callable[[str, dict[str, Any]], MetricSink]
 
 
 class Rungs(TrainerCallback):
