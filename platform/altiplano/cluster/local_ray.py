@@ -89,6 +89,11 @@ def find(workspace: Path) -> RayHead | None:
     return head
 
 
+def token(workspace: Path) -> str:
+    """What the head of `workspace` asks for in `Authorization: Bearer`."""
+    return _token(workspace).read_text()
+
+
 def stop(workspace: Path) -> int:
     """End every process of `workspace`, remove Ray's temporary folder; returns how many processes were ended."""
     found = processes.marked(workspace)

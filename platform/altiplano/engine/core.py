@@ -49,6 +49,7 @@ class EngineStats:
     num_waiting: int
     kv_cache_usage: float  # share of pages that requests or cached prefixes hold
     num_cached_pages: int
+    kv_cache_held: float  # share of pages that requests hold; prefixes beyond it give way when somebody needs their pages
     prompt_tokens: int
     generation_tokens: int
     cached_tokens: int
@@ -192,6 +193,7 @@ class Engine:
             num_waiting=len(self._scheduler.waiting),
             kv_cache_usage=1 - self._pool.num_free / self._pool.num_pages,
             num_cached_pages=len(self._radix) if self._radix else 0,
+            kv_cache_held=len({page for request in self._scheduler.running for page in request.pages}) / self._pool.num_pages,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generated,
             cached_tokens=self._cached,

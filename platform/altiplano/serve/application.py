@@ -17,6 +17,7 @@ from altiplano.serve.control import APPLICATION, DEPLOYMENT, DeployError, ServeC
 from altiplano.serve.deployment import Endpoint, checked_template
 from altiplano.serve.keys import KeyFile, KeyRing
 from altiplano.serve.proxy import proxy_environment, proxy_of
+from altiplano.serve.routing import routing_options
 from altiplano.serve.settings import ServeSettings
 
 IMPORT_PATH = "altiplano.serve.application:build"
@@ -92,6 +93,7 @@ def deployment_config(settings: ServeSettings, endpoint: spec.Serve) -> dict[str
     return {
         "name": DEPLOYMENT,
         **autoscaling_config(endpoint),
+        **routing_options(endpoint),
         "max_ongoing_requests": answers + LIGHT_REQUESTS,
         "max_queued_requests": LIGHT_REQUESTS,
         "backpressure_config": {"status_code": 429, "retry_after_s": 1},

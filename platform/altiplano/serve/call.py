@@ -36,6 +36,7 @@ class Call:
     places: int = 0  # in the queue
     model: str = ""
     arm: str = ""
+    priority: int = 0  # in the engine, lower ones first
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generation_tokens: int = 0

@@ -112,6 +112,7 @@ class EngineClient:
         adapter: str | None = None,
         namespace: str = "",
         grammar: str | None = None,
+        priority: int = 0,
     ) -> AsyncIterator[m.Token]:
         """Tokens of one request as they are drawn; `grammar` (llguidance's Lark) bounds what they say. Leaving the iterator early aborts the request.
 
@@ -123,7 +124,7 @@ class EngineClient:
             raise EngineDiedError("the engine is starting: try again in a moment")
         stream: asyncio.Queue[m.Token | Exception] = asyncio.Queue()
         self._streams[request_id] = stream
-        self._send(m.Add(request_id, prompt, sampling, adapter, 0, namespace, grammar))
+        self._send(m.Add(request_id, prompt, sampling, adapter, priority, namespace, grammar))
         finished = False
         try:
             while not finished:

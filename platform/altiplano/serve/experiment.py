@@ -10,7 +10,8 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
-from typing import Any, TypeVar
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from altiplano.serve import outcomes
 from altiplano.serve.arms import Arms, sticky_key
@@ -18,6 +19,11 @@ from altiplano.serve.call import Call, current_call
 from altiplano.serve.engine_client import RefusedError
 from altiplano.serve.feedback import FeedbackRequest, Scores, answer_id, arm_of
 from altiplano.serve.outcomes import Outcomes, Recorder, Trial
+from altiplano.serve.protocol import ChatRequest, CompletionRequest
+from altiplano.serve.shadow import Mirror, Shadow
+
+if TYPE_CHECKING:
+    from altiplano.serve.generation import Generator
 
 ARM_HEADER, SESSION_HEADER = "x-altiplano-arm", "x-session-id"
 LATE_AFTER_S = 10.0
@@ -31,6 +37,7 @@ class Experiment:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.name = uuid.uuid4().hex[:12]
         self.arms: Arms | None = None
+        self.shadow: Shadow | None = None
         # Asks all replicas for their snapshots; where there is one process only, nobody needs to.
         self.gather: Callable[[], Awaitable[list[dict[str, Any]]]] | None = None
         self._clock = clock
@@ -41,6 +48,16 @@ class Experiment:
         """Take the test of a user_config that `check_user_config` has passed. Sums go on until the salt changes."""
         arms = arms_of(user_config)
         before, self.arms = self.arms, arms
+        shadow = shadow_of(user_config)
+        if (
+            shadow is not None
+            and self.shadow is not None
+            and before is not None
+            and arms is not None
+            and before.salt == arms.salt
+        ):
+            shadow.sums = self.shadow.sums
+        self.shadow = shadow
         if arms is not None and (before is None or before.salt != arms.salt):
             self._recorder, self._scores = Recorder(self._clock, user_config.get("late_after_s", LATE_AFTER_S)), Scores()
 
@@ -59,6 +76,13 @@ class Experiment:
         """The name of what answers the current call: its arm, else the model that it names."""
         call = current_call()
         return call.arm if call is not None and self._tests(call) else model
+
+    def mirror(self, generator: "Generator", request: ChatRequest | CompletionRequest) -> Mirror | None:
+        """What gives an answer again, unseen; None for most requests."""
+        call = current_call()
+        if self.shadow is None or call is None or not self._tests(call):
+            return None
+        return self.shadow.mirror(generator, call, request)
 
     def answer_id(self, kind: str) -> str:
         """An id for the answer of the current call."""
@@ -98,12 +122,14 @@ class Experiment:
         self._recorder.rated(arm, request.value, self._scores.replace(request.id, request.value))
 
     def snapshot(self) -> dict[str, Any]:
-        """This replica's sums, JSON-ready: {"replica", "test", "arms": {arm: ArmOutcomes}}."""
+        """This replica's sums, JSON-ready: {"replica", "test", "weights": {arm: share}, "arms": {arm: ArmOutcomes}, "shadow"}."""
         found = self._recorder.snapshot()
         return {
             "replica": self.name,
             "test": None if self.arms is None else self.arms.test_id,
+            "weights": None if self.arms is None else {arm: self.arms.share(arm) for arm in self.arms.weights},
             "arms": {arm: sums.to_json() for arm, sums in found.items()},
+            "shadow": None if self.shadow is None else asdict(self.shadow.sums),
         }
 
     async def snapshots(self) -> list[dict[str, Any]]:
@@ -138,6 +164,16 @@ def arms_of(user_config: Mapping[str, Any]) -> Arms | None:
     return None if values is None else Arms.of(values)
 
 
+def shadow_of(user_config: Mapping[str, Any]) -> Shadow | None:
+    """The shadow of a user_config.
+
+    Raises:
+        ValueError: what to change.
+    """
+    values = user_config.get("shadow")
+    return None if values is None else Shadow.of(values)
+
+
 def check_user_config(user_config: Mapping[str, Any]) -> None:
     """
     Raises:
@@ -148,7 +184,10 @@ def check_user_config(user_config: Mapping[str, Any]) -> None:
         raise ValueError(f"the user_config has unknown keys {unknown}: use {', '.join(sorted(KNOWN))}")
     adapters, aliases = user_config.get("adapters", {}), user_config.get("aliases", {})
     arms = arms_of(user_config)
-    for arm in arms.weights if arms else ():
+    shadow = shadow_of(user_config)
+    if shadow is not None and arms is None:
+        raise ValueError("shadow needs arms: what is mirrored is the traffic of a test")
+    for arm in {*(arms.weights if arms else ()), *((shadow.arm,) if shadow else ())}:
         if aliases.get(arm, arm) not in adapters:
             raise ValueError(f"the arm {arm!r} is no adapter and no alias of one: add it to aliases")
 

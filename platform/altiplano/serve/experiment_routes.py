@@ -39,5 +39,5 @@ def summary(experiment: Experiment, snapshots: list[dict[str, Any]]) -> dict[str
         "test": test,
         "weights": None if arms is None else {arm: arms.share(arm) for arm in arms.weights},
         "arms": {arm: sums.to_json() for arm, sums in merged(replicas.values()).items()},
-        "replicas": [snapshot for snapshot in snapshots if snapshot["replica"] in replicas],
+        "replicas": snapshots,
     }

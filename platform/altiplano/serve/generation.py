@@ -22,6 +22,7 @@ from altiplano.serve.experiment import Experiment, check_user_config
 from altiplano.serve.protocol import ChatRequest, CompletionRequest
 from altiplano.serve.settings import ServeSettings
 from altiplano.serve.tools import Function
+from altiplano.serve.usage import Usage
 
 log = logging.getLogger("altiplano.serve")
 
@@ -37,23 +38,6 @@ class Piece:
     tokens: list[m.Token]
     finish_reason: str | None
     news: m.Token
-
-
-@dataclass
-class Usage:
-    """Tokens of one HTTP request."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-
-    def body(self) -> dict[str, Any]:
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-        }
 
 
 @dataclass
@@ -212,6 +196,7 @@ class Generator:
             for index, (prompt, sampling, copy) in enumerate(plans)
         ]
         running = len(tasks)
+        mirror = self.experiment.mirror(self, request)
         self._users[adapter] += 1
         try:
             while running:
@@ -219,7 +204,11 @@ class Generator:
                 if isinstance(piece, BaseException):
                     raise piece
                 running -= piece.finish_reason is not None
+                if mirror is not None:
+                    mirror.saw(piece)
                 yield piece
+            if mirror is not None:
+                mirror.begin(prompts[0])
         finally:
             for task in tasks:
                 task.cancel()

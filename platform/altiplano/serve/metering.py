@@ -24,6 +24,7 @@ class MeteredEngineClient(EngineClient):
             return
         # A prefix hit is faster than a miss: with one cache for all, a key could find out what another one asks.
         more.setdefault("namespace", call.key.id if call.key else "")
+        more.setdefault("priority", call.priority)
         answer = Answer(call, more.get("adapter"), len(prompt))
         call.unfinished[request_id] = lambda: self._send(m.Abort(request_id))
         try:

@@ -7,6 +7,7 @@ import socket
 from typing import Any
 
 from altiplano import spec
+from altiplano.serve.routing import haproxy_balance
 
 ENABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 
@@ -28,6 +29,7 @@ def proxy_environment(endpoint: spec.Serve) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         # Every change of replicas starts a new HAProxy; the old one ends its streams for this long.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(endpoint.graceful_shutdown_timeout_s)),
+        "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": haproxy_balance(endpoint),
     }
 
 

@@ -11,8 +11,9 @@ from altiplano.serve.call import current_call
 from altiplano.serve.choices import ChatChoice, CompletionChoice
 from altiplano.serve.engine_client import EngineDiedError, RefusedError
 from altiplano.serve.errors import ApiError
-from altiplano.serve.generation import Generator, Usage
+from altiplano.serve.generation import Generator
 from altiplano.serve.protocol import ChatRequest, CompletionRequest
+from altiplano.serve.usage import Usage
 
 Request = ChatRequest | CompletionRequest
 DONE = b"data: [DONE]\n\n"

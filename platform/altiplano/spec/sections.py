@@ -275,6 +275,10 @@ class Serve(Section):
         "haproxy",
         description="What stands before the replicas: haproxy adds 0.6 ms to a request, Ray's own proxy in Python 4 ms or more.",
     )
+    routing: Literal["least_loaded", "session"] = Field(
+        "least_loaded",
+        description="session: requests with the same x-session-id go to the same replica, whose cache holds their prefix.",
+    )
     autoscaling: ServeAutoscaling = ServeAutoscaling()
     graceful_shutdown_timeout_s: float = Field(
         600.0, gt=0, description="How long a replica that leaves may finish its answers: as long as the longest stream."

@@ -1,0 +1,150 @@
+"""The endpoint on a Ray of its own with two replicas, and clients that keep count of what did not come back whole."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import psutil
+import pytest
+
+from altiplano import spec
+from altiplano.cluster import local_ray
+from altiplano.cluster.processes import free_port
+from altiplano.models.cria import cria_path
+from altiplano.serve import ServeControl, ServeSettings, deploy
+
+T = TypeVar("T")
+SETTINGS = ServeSettings(
+    model_path=str(cria_path()), served_model_name="cria", max_model_len=512, kv_cache_tokens=16384, max_num_seqs=8
+)
+
+
+@dataclass
+class Platform:
+    """A running endpoint."""
+
+    control: ServeControl
+    endpoint: spec.Serve
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.endpoint.port}"
+
+    def replicas(self) -> list[int]:
+        """Process ids of the replicas that take requests."""
+        application = self.control.status()["applications"]["altiplano"]
+        found = application["deployments"]["endpoint"]["replicas"]
+        return sorted(replica["pid"] for replica in found if replica["state"] == "RUNNING")
+
+    def engine(self, replica: int) -> psutil.Process:
+        """The engine's process of one replica."""
+        (found,) = [p for p in psutil.Process(replica).children() if "altiplano.serve.engine_process" in p.cmdline()]
+        return found
+
+    def stats(self) -> dict[str, float]:
+        """Sums over the replicas, from their own ports, of the gauges that must come back to nothing."""
+        names = ("altiplano_num_requests_running", "altiplano_num_requests_waiting")
+        total = dict.fromkeys(names, 0.0)
+        for pid in self.replicas():
+            text = httpx.get(f"http://127.0.0.1:{port_of(pid)}/metrics", timeout=60).text
+            for name in names:
+                total[name] += sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"{name} "))
+        return total
+
+
+def port_of(replica: int) -> int:
+    """Where a replica itself listens, behind HAProxy."""
+    ports = [
+        connection.laddr.port
+        for connection in psutil.Process(replica).net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and 30000 <= connection.laddr.port <= 31000
+    ]
+    return int(ports[0])
+
+
+def eventually(look: Callable[[], T], within_s: float) -> T:
+    """The first true answer of `look`; fails after `within_s` seconds. Only for what other processes do."""
+    deadline = time.monotonic() + within_s
+    while True:
+        found = look()
+        if found:
+            return found
+        assert time.monotonic() < deadline, f"not within {within_s:g} s"
+        threading.Event().wait(0.1)
+
+
+@dataclass
+class Traffic:
+    """Streams that run until the block ends: `parallel` clients, each asking again as soon as it was answered."""
+
+    url: str
+    parallel: int = 4
+    max_tokens: int = 16
+    headers: dict[str, str] = field(default_factory=dict)
+    statuses: list[int] = field(default_factory=list)
+    broken: list[tuple[float, str]] = field(default_factory=list)
+
+    def __enter__(self) -> "Traffic":
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
+        self._thread.start()
+        eventually(lambda: len(self.statuses) >= self.parallel, 60)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(120)
+
+    async def _run(self) -> None:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.parallel)
+        async with httpx.AsyncClient(timeout=60, limits=limits, headers=self.headers) as http:
+            await asyncio.gather(*(self._client(http) for _ in range(self.parallel)))
+
+    async def _client(self, http: httpx.AsyncClient) -> None:
+        while not self._stop.is_set():
+            try:
+                await self.ask(http)
+            except httpx.HTTPError as error:
+                self.broken.append((time.monotonic(), repr(error)))
+
+    async def ask(self, http: httpx.AsyncClient) -> None:
+        response = await http.post(f"{self.url}/v1/completions", json=body(self.max_tokens))
+        self.statuses.append(response.status_code)
+        whole = response.status_code == 429 or (response.status_code == 200 and response.text.endswith("data: [DONE]\n\n"))
+        if not whole or (response.status_code == 200 and '"error"' in response.text):
+            self.broken.append((time.monotonic(), f"{response.status_code} {response.text[-300:]}"))
+
+
+def body(max_tokens: int) -> dict[str, Any]:
+    """A stream of exactly `max_tokens` tokens."""
+    return {"model": "cria", "prompt": "A note", "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    made = tmp_path_factory.mktemp("chaos")
+    yield made
+    local_ray.stop(made)
+
+
+@pytest.fixture(scope="module")
+def platform(workspace: Path) -> Platform:
+    """Two replicas behind HAProxy."""
+    head = local_ray.start(workspace, 8)
+    control = ServeControl(head.dashboard, local_ray.token(workspace))
+    endpoint = spec.Serve(
+        port=free_port(),
+        max_num_seqs=8,
+        max_model_len=512,
+        kv_cache_tokens=16384,
+        health_check_timeout_s=5,
+        limits=spec.ServeLimits(max_queued_seqs=16),
+        autoscaling=spec.ServeAutoscaling(min_replicas=2, max_replicas=2),
+    )
+    deploy(SETTINGS, endpoint, control)
+    return Platform(control, endpoint)

@@ -1,0 +1,64 @@
+"""Keys, limits and leaving clients where Ray Serve stands between the client and the application."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import ray
+from ray import serve
+
+from altiplano import spec
+from altiplano.cluster.processes import free_port
+from altiplano.serve.deployment import Endpoint
+from altiplano.serve.keys import KeyFile, Scope
+
+from .conftest import settings
+
+# Ray's own sockets and files, closed when its processes are collected.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
+LONG: dict[str, Any] = {"model": "champion", "prompt": "A note", "max_tokens": 400, "temperature": 2, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    yield
+    serve.shutdown()
+    ray.shutdown()
+
+
+def test_keys_limits_and_leaving_clients_through_ray_serve(cluster: None, adapter: Path, tmp_path: Path) -> None:
+    file = KeyFile(tmp_path / "keys.json")
+    (_, user), (own, admin) = file.create("user", requests_per_minute=2), file.create("admin", scope=Scope.admin)
+    endpoint = spec.Serve(port=free_port(), api_keys_file=str(file.path))
+    serve.start(http_options={"host": "127.0.0.1", "port": endpoint.port})
+    replica = Endpoint.bind(asdict(settings(adapter)), endpoint.model_dump(mode="json"))  # type: ignore[attr-defined]
+    serve.run(replica, name="governed", route_prefix="/")
+    with httpx.Client(base_url=f"http://127.0.0.1:{endpoint.port}", timeout=60) as http:
+
+        def ask(key: str, **more: object) -> httpx.Response:
+            return http.post("/v1/completions", json=LONG | more, headers={"authorization": f"Bearer {key}"})
+
+        def value(name: str) -> float:
+            text = http.get("/metrics", headers={"authorization": f"Bearer {admin}"}).text
+            return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
+
+        assert http.get("/health").status_code == 200
+        assert http.get("/v1/models").status_code == 401
+        assert [ask(user, max_tokens=2).status_code for _ in range(3)] == [200, 200, 429]
+        assert int(ask(user).headers["retry-after"]) >= 25
+        with http.stream(
+            "POST", "/v1/completions", json=LONG | {"stream": True}, headers={"authorization": f"Bearer {admin}"}
+        ) as stream:
+            next(stream.iter_lines())
+        while value("altiplano_num_requests_running"):
+            continue
+        generated = f'altiplano_generation_tokens_total{{arm="orders-1",key="{own.id}"'
+        assert 0 < value(generated) < 400
+        assert value("altiplano_clients_gone_total") == 1
+    serve.delete("governed")

