@@ -28,10 +28,11 @@ class RadixIndex:
         self._pool, self._size = pool, block_size
         self._roots: dict[str, _Node] = {}
         self._leaves: OrderedDict[_Node, None] = OrderedDict()  # least recently used first
+        self._num_pages = 0
 
     def __len__(self) -> int:
         """Number of indexed pages."""
-        return sum(self._count(root) for root in self._roots.values())
+        return self._num_pages
 
     def match(self, namespace: str, tokens: Sequence[int]) -> list[int]:
         """Pages of the longest indexed prefix of `tokens`, not held for the caller yet."""
@@ -56,6 +57,7 @@ class RadixIndex:
             if child is None:
                 self._pool.hold([pages[index]])
                 child = node.children[chunk] = _Node(node, chunk, pages[index])
+                self._num_pages += 1
                 self._leaves.pop(node, None)
                 self._leaves[child] = None
             node = child
@@ -64,27 +66,20 @@ class RadixIndex:
 
     def evict(self, n: int) -> int:
         """Give up to `n` pages back to the pool, from the least recently used leaves that no request holds; returns how many."""
-        freed = 0
-        for leaf in list(self._leaves):
-            node: _Node | None = leaf
-            # A parent becomes a leaf when its last child goes, and is then as old as that child.
-            while (
-                freed < n
-                and node is not None
-                and node.parent is not None
-                and not node.children
-                and self._pool.holders(node.page) == 1
-            ):
-                self._pool.release([node.page])
-                self._leaves.pop(node, None)
-                del node.parent.children[node.chunk]
-                node, freed = node.parent, freed + 1
-            if node is not None and node.parent is not None and not node.children and node not in self._leaves:
-                self._leaves[node] = None
-                self._leaves.move_to_end(node, last=False)
-            if freed == n:
+        before = self._num_pages
+        for _ in range(len(self._leaves)):
+            if before - self._num_pages == n:
                 break
-        return freed
+            node, _ = self._leaves.popitem(last=False)
+            # A parent becomes a leaf when its last child goes, and is then as old as that child.
+            while before - self._num_pages < n and self._is_leaf(node) and self._pool.holders(node.page) == 1:
+                node = self._remove(node)
+            if self._is_leaf(node):
+                # One that a request holds is in use now: at the other end, the next call does not look at it first.
+                self._leaves[node] = None
+                if self._pool.holders(node.page) == 1:
+                    self._leaves.move_to_end(node, last=False)
+        return before - self._num_pages
 
     def drop(self, namespace: str) -> None:
         """Forget a namespace: after an adapter was unloaded or changed."""
@@ -95,9 +90,19 @@ class RadixIndex:
             stack += node.children.values()
             self._leaves.pop(node, None)
             self._pool.release([node.page])
+            self._num_pages -= 1
 
     def namespaces(self) -> list[str]:
         return list(self._roots)
 
-    def _count(self, node: _Node) -> int:
-        return sum(1 + self._count(child) for child in node.children.values())
+    @staticmethod
+    def _is_leaf(node: _Node) -> bool:
+        return node.parent is not None and not node.children
+
+    def _remove(self, leaf: _Node) -> _Node:
+        """Give a leaf's page back; returns its parent."""
+        assert leaf.parent is not None
+        self._pool.release([leaf.page])
+        self._num_pages -= 1
+        del leaf.parent.children[leaf.chunk]
+        return leaf.parent
