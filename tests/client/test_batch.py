@@ -245,7 +245,10 @@ def test_ctrl_c_keeps_what_is_answered(scripted: Scripted, tmp_path: Path) -> No
     source, output = write_jsonl(tmp_path / "in.jsonl", prompts(4)), tmp_path / "out.jsonl"
     scripted.hold = lambda seen: seen.prompt == "row 3"
     command = [*ALTIPLANO, "batch", str(source), str(output), "--url", scripted.url, "--concurrency", "1"]
+    # A shell's background job ignores SIGINT, and so would what it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     assert scripted.held.acquire(timeout=120)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)

@@ -5,5 +5,6 @@ May import: spec, data, models, engine, scipy. Must never know: MLflow, Ray, HTT
 
 from altiplano.evaluate.compare import Comparison, compare
 from altiplano.evaluate.measure import Scores, measure
+from altiplano.evaluate.tasks import label
 
-__all__ = ["Comparison", "Scores", "compare", "measure"]
+__all__ = ["Comparison", "Scores", "compare", "label", "measure"]

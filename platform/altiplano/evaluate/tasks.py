@@ -10,6 +10,11 @@ from altiplano.data.templates import IGNORED
 LOWER_IS_BETTER = {"perplexity"}
 
 
+def label(task: str) -> str:
+    """What the numbers of a comparison are. Row by row, perplexity is compared as nats per token."""
+    return "nats per token" if task == "perplexity" else task.replace("_", " ")
+
+
 def exact_match(row: EvalRow, answer: str) -> float:
     """1 when the answer is the reference, byte for byte, but for spaces around it."""
     return float(answer.strip() == row.reference.strip())

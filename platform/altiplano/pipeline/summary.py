@@ -82,10 +82,11 @@ def _lines(outputs: dict[str, Any], mlflow: str | None) -> list[tuple[str, str]]
             ("loss", f"{train['loss_curve'][0][1]:.3f} → {train['loss_curve'][-1][1]:.3f}, held-out {train['eval_loss']:.3f}")
         )
     if gate := outputs.get("gate"):
-        # Row by row, perplexity is compared as nats per token; everything else is a share of rows.
-        label, form = ("nats per token", ".3f") if gate["primary"] == "perplexity" else (gate["primary"].replace("_", " "), ".1%")
+        form = ".3f" if gate["primary"] == "perplexity" else ".1%"
         interval = f"gain {gate['delta']:+{form}}, 95 % interval [{gate['ci_low']:+{form}}, {gate['ci_high']:+{form}}]"
-        lines.append((label, f"{gate['baseline']:{form}} ({gate['rival']}) → {gate['candidate']:{form}} (tuned); {interval}"))
+        lines.append(
+            (gate["label"], f"{gate['baseline']:{form}} ({gate['rival']}) → {gate['candidate']:{form}} (tuned); {interval}")
+        )
         lines.append(("gate", f"{gate['decision']}: {'; '.join(gate['reasons'])}"))
     if register := outputs.get("register"):
         lines.append(("registry", f"{register['name']} version {register['version']}"))

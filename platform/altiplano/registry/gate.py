@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from altiplano import spec
-from altiplano.evaluate import Comparison
+from altiplano.evaluate import Comparison, label
 
 Decision = Literal["promote", "reject", "inconclusive"]
 CANDIDATE, CHAMPION, BASE = "candidate", "champion", "base"
@@ -59,7 +59,7 @@ class Verdict:
             ]
             lines.append("|---|---|---|---|---|---|---|---|")
             lines += [
-                f"| {t.task} | {t.baseline:.4f} | {t.candidate:.4f} | {t.delta:+.4f} | [{t.ci_low:+.4f}, {t.ci_high:+.4f}] | {t.p_value:.2g} | {t.test} | {t.n} |"
+                f"| {label(t.task)} | {t.baseline:.4f} | {t.candidate:.4f} | {t.delta:+.4f} | [{t.ci_low:+.4f}, {t.ci_high:+.4f}] | {t.p_value:.2g} | {t.test} | {t.n} |"
                 for t in tasks.values()
             ]
         return "\n".join(lines) + "\n"
@@ -86,7 +86,10 @@ def decide(
 
 
 def _superior(gate: spec.Gate, found: Comparison, rival: str) -> Check:
-    numbers = f"{found.task} {found.baseline:.3f} → {found.candidate:.3f}, gain {found.delta:+.3f} [{found.ci_low:+.3f}, {found.ci_high:+.3f}], p {found.p_value:.2g}"
+    numbers = (
+        f"{label(found.task)} {found.baseline:.3f} → {found.candidate:.3f}, "
+        f"gain {found.delta:+.3f} [{found.ci_low:+.3f}, {found.ci_high:+.3f}], p {found.p_value:.2g}"
+    )
     significant = found.p_value < gate.alpha
     if significant and found.ci_low > gate.min_delta:
         return Check("superiority", "pass", f"better than {rival}: {numbers}")
@@ -97,7 +100,7 @@ def _superior(gate: spec.Gate, found: Comparison, rival: str) -> Check:
 
 def _not_inferior(task: str, margin: float, found: Comparison) -> Check:
     name = f"non-inferiority {task}"
-    numbers = f"{task} gain {found.delta:+.3f} [{found.ci_low:+.3f}, {found.ci_high:+.3f}], tolerated loss {margin:g}"
+    numbers = f"{label(task)}: gain {found.delta:+.3f} [{found.ci_low:+.3f}, {found.ci_high:+.3f}], tolerated loss {margin:g}"
     if found.ci_low >= -margin:
         return Check(name, "pass", numbers)
     if found.ci_high < -margin:

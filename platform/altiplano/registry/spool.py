@@ -51,7 +51,7 @@ class Spool:
         self._thread: threading.Thread | None = None
 
     def add(self, operation: Mapping[str, Any]) -> None:
-        """Queue {"run_id", and any of "metrics", "params", "tags", "artifact", "status"}."""
+        """Queue {"run_id", and any of "metrics", "params", "tags", "artifact", "text" with "file", "status"}."""
         entry = {"uri": self._uri, **operation}
         with self._changed:
             self._keep(entry)
@@ -156,6 +156,8 @@ def _send_run(to: MlflowClient, run_id: str, group: list[dict[str, Any]]) -> Non
     for entry in group:
         if "artifact" in entry and Path(entry["artifact"]).exists():
             to.log_artifact(run_id, entry["artifact"], entry.get("artifact_path"))
+        if "text" in entry:
+            to.log_text(run_id, entry["text"], entry["file"])
         if "status" in entry:
             to.set_terminated(run_id, entry["status"])
 

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -121,9 +120,7 @@ class TrackedRun:
 
     def log_dict(self, value: Any, name: str) -> None:
         """Upload `value` as a JSON file called `name`."""
-        folder = Path(tempfile.mkdtemp(prefix="altiplano-artifact-"))
-        (folder / name).write_text(json.dumps(value, indent=1, default=str))
-        self.log_artifact(folder / name)
+        self._spool.add({"run_id": self.run_id, "text": json.dumps(value, indent=1, default=str), "file": name})
 
     def log_dataset(self, *, name: str, digest: str, source: str, rows: int, context: str) -> None:
         """Show a data set, by its digest, among the run's inputs."""

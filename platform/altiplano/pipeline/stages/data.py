@@ -38,11 +38,12 @@ def _run(context: Context) -> Outputs:
     context.tracked.log_metrics(
         {"data/supervised_fraction": report.supervised_fraction, "data/tokens": float(report.train_tokens)}, step=0
     )
-    for kind, sources in (("training", data.datasets), ("evaluation", data.eval_datasets)):
-        count = len(prepared.train if kind == "training" else prepared.eval)
-        context.tracked.log_dataset(
-            name=kind, digest=prepared.digest, source=",".join(s.path for s in sources), rows=count, context=kind
-        )
+    for kind, sources, file, count in (
+        ("training", data.datasets, "train.jsonl", len(prepared.train)),
+        ("evaluation", data.eval_datasets, "eval.jsonl", len(prepared.eval)),
+    ):
+        named = ",".join(s.path for s in sources)
+        context.tracked.log_dataset(name=kind, digest=digest_file(directory / file), source=named, rows=count, context=kind)
     context.tracked.log_dict(report.to_dict(), "audit.json")
     return {
         "prepared_path": str(directory),

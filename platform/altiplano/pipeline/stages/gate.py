@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from altiplano.evaluate import Scores, compare
+from altiplano.evaluate import Scores, compare, label
 from altiplano.pipeline.context import Context, Stage
 from altiplano.pipeline.ledger import Outputs
 from altiplano.pipeline.stages.evaluate import BASE, CANDIDATE, CHAMPION
@@ -51,6 +51,7 @@ def _run(context: Context) -> Outputs:
         "decision": verdict.decision,
         "reasons": list(verdict.reasons),
         "primary": settings.primary,
+        "label": label(settings.primary),
         "rival": CHAMPION if CHAMPION in comparisons else BASE,
         "baseline": primary.baseline,
         "candidate": primary.candidate,

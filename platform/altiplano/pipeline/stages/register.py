@@ -33,7 +33,7 @@ def _run(context: Context) -> Outputs:
         collect(context, verdict=verdict["decision"]),
         tags={
             "gate": verdict["decision"],
-            "summary": f"{verdict['primary']} {verdict['candidate']:.3f} ({verdict['rival']} {verdict['baseline']:.3f})",
+            "summary": f"{verdict['label']} {verdict['candidate']:.3f} ({verdict['rival']} {verdict['baseline']:.3f})",
             "eval_run_id": str(context.records["evaluate"].mlflow_run_id),
         },
         params=context.outputs("train")["params"],

@@ -83,28 +83,20 @@ def _run(context: Context) -> Outputs:
 
 def _params(pipeline: spec.Pipeline) -> dict[str, Any]:
     """The settings that decide a fine-tune, under the names that users know."""
-    training, lora = pipeline.training, pipeline.lora
-    return {
-        "model_name_or_path": pipeline.model.model_name_or_path,
-        "dtype": pipeline.model.dtype,
-        "load_in_4bit": pipeline.model.load_in_4bit,
-        "lora.r": lora.r,
-        "lora.lora_alpha": lora.lora_alpha,
-        "lora.lora_dropout": lora.lora_dropout,
-        "lora.target_modules": lora.target_modules,
-        "lora.use_rslora": lora.use_rslora,
-        "lora.use_dora": lora.use_dora,
-        "learning_rate": training.learning_rate,
-        "lr_scheduler_type": training.lr_scheduler_type,
-        "warmup_ratio": training.warmup_ratio,
-        "weight_decay": training.weight_decay,
-        "num_train_epochs": training.num_train_epochs,
-        "tokens_per_step": training.tokens_per_step,
-        "max_length": pipeline.data.max_length,
-        "packing": pipeline.data.packing,
-        "seed": training.seed,
+    model, data = pipeline.model.model_dump(mode="json"), pipeline.data
+    named = {
+        **{
+            name: model[name] for name in ("model_name_or_path", "model_revision", "dtype", "attn_implementation", "load_in_4bit")
+        },
+        **{f"lora.{name}": value for name, value in pipeline.lora.model_dump(mode="json").items()},
+        **pipeline.training.model_dump(mode="json", exclude={"logging_steps", "eval_steps", "max_checkpoints"}),
+        "max_length": data.max_length,
+        "packing": data.packing,
+        "assistant_only_loss": data.assistant_only_loss,
         "num_workers": pipeline.scaling.num_workers,
+        "use_gpu": pipeline.scaling.use_gpu,
     }
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def _summary(outputs: Outputs) -> str:
