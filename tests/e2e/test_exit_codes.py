@@ -32,5 +32,11 @@ def test_the_cause_decides(cause: Exception, code: int) -> None:
         assert str(cause) in root_cause(wrapped)
 
 
+def test_a_message_of_ours_is_not_lost_behind_what_caused_it() -> None:
+    ours = RegistryUnavailableError("MLflow does not answer: start it")
+    ours.__cause__ = OSError("Connection refused")
+    assert str(StageError("evaluate", ours)) == "evaluate: MLflow does not answer: start it"
+
+
 def test_a_candidate_that_is_not_promoted_has_its_own_code() -> None:
     assert outcome.finish(None) == outcome.NOT_PROMOTED

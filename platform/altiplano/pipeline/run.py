@@ -100,12 +100,17 @@ def _forget_other_inputs(context: Context, stage: str) -> None:
 
 
 def root_cause(error: BaseException) -> str:
-    """The message of the innermost error: Ray wraps what a worker raised in several layers."""
+    """The message of the innermost error, or of the outermost of ours: Ray wraps what a worker raised in several layers."""
     seen: Any = error
-    while True:
+    while not _is_ours(seen):
         inner = getattr(seen, "cause", None) or seen.__cause__
         if not isinstance(inner, BaseException):
             break
         seen = inner
     text = str(seen).strip() or type(seen).__name__
     return text if isinstance(seen, (ValueError, RuntimeError, OSError)) else f"{type(seen).__name__}: {text}"
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether it was written for people, with what to change."""
+    return type(error).__module__.startswith("altiplano.")
