@@ -76,10 +76,9 @@ def start(
     made = plan(site, model, version, settings)
     saved = site.store.begin(made, time.time())
     if foreground:
-        _control(site)
-        saved = _saved(site.store)
-    else:
-        _start_controller(site, workspace)
+        _control(site, output)
+        return
+    _start_controller(site, workspace)
     _tell(saved, output)
 
 
@@ -120,11 +119,10 @@ def control(
     api_key: ApiKeyOption = None,
     dashboard_url: DashboardOption = None,
     tracking_uri: TrackingOption = None,
+    output: OutputOption = Output.text,
 ) -> None:
     """Go on with a rollout whose controller has ended (a machine that went down, a pod that was moved)."""
-    site = _site(workspace, url, api_key, dashboard_url, tracking_uri)
-    _control(site)
-    _tell(_saved(site.store), Output.text)
+    _control(_site(workspace, url, api_key, dashboard_url, tracking_uri), output)
 
 
 @rollout.command()
@@ -205,14 +203,20 @@ def _saved(store: "Store") -> "Saved":
     return saved
 
 
-def _control(site: "Site") -> None:
+def _control(site: "Site", output: Output) -> None:
+    """Until it has ended; leaves as a pipeline does whose gate said no when the challenger was taken back."""
+    from altiplano.pipeline.outcome import NOT_PROMOTED
     from altiplano.pipeline.rollouts import controller
+    from altiplano.serve.rollout import Phase
     from altiplano.serve.rollout_store import RolloutBusyError
 
     with site.store.controlled() as alone:
         if not alone:
             raise RolloutBusyError("another controller carries this rollout out already: see `altiplano rollout status`")
-        controller(site).run(threading.Event())
+        state = controller(site).run(threading.Event())
+    _tell(_saved(site.store), output)
+    if state.phase is Phase.rolled_back:
+        raise typer.Exit(NOT_PROMOTED)
 
 
 def _start_controller(site: "Site", workspace: Path) -> None:

@@ -26,6 +26,8 @@ _SHARED = ("proxy_location", "http_options", "grpc_options")
 class ControlError(RuntimeError):
     """Ray Serve cannot be asked, or does not do what was asked; the message is its own."""
 
+    exit_code = 4
+
 
 class DeployError(ControlError):
     """The endpoint cannot be deployed as asked."""

@@ -23,6 +23,8 @@ class NoRolloutError(ValueError):
 class RolloutBusyError(RuntimeError):
     """Another rollout is on its way."""
 
+    exit_code = 5
+
 
 @dataclass
 class Saved:
