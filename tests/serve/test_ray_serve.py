@@ -20,6 +20,7 @@ from altiplano.models.manifest import ManifestError
 from altiplano.serve import ServeControl, deploy
 from altiplano.serve.application import build, parse, serve_config
 from altiplano.serve.control import ControlError, DeployError
+from altiplano.serve.metrics_server import MOST_REPLICAS_OF_A_NODE
 from altiplano.serve.proxy import proxy_of
 
 from .conftest import make_adapter, settings
@@ -82,6 +83,16 @@ def replica_pids(control: ServeControl) -> list[int]:
     return [replica["pid"] for replica in deployment["replicas"] if replica["state"] == "RUNNING"]
 
 
+def metrics_url(control: ServeControl) -> str:
+    """Where the one replica shows its own metrics."""
+    (pid,) = replica_pids(control)
+    ports = range(spec.Serve().metrics_port, spec.Serve().metrics_port + MOST_REPLICAS_OF_A_NODE)
+    (address,) = {
+        entry.laddr for entry in psutil.Process(pid).net_connections() if entry.status == "LISTEN" and entry.laddr.port in ports
+    }
+    return f"http://{address.ip}:{address.port}/metrics"
+
+
 def engine_pids(control: ServeControl) -> list[int]:
     """Processes of engines under the replicas."""
     return [
@@ -107,6 +118,7 @@ def test_deploy_change_and_undeploy(
     with OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60) as client:
         answer = client.chat.completions.create(model="cria", messages=NOTE, temperature=0, max_tokens=20)
         assert answer.choices[0].message.content == "12 Mill Lane"
+        assert 'altiplano_requests_total{route="/v1/chat/completions",status="200"} 1.0' in httpx.get(metrics_url(control)).text
 
         before = replica_pids(control), engine_pids(control)
         assert len(before[0]) == len(before[1]) == 1

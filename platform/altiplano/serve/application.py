@@ -27,7 +27,15 @@ LIGHT_REQUESTS = 32
 HEALTH_CHECK_PERIOD_S = 5.0
 
 # What a replica reads of the pipeline file's `serve`, beside the settings of the engine. A change of anything else replaces nothing.
-_OF_ENDPOINT = ("api_keys_file", "limits", "response_cache_bytes", "usd_per_hour", "otlp_endpoint", "health_check_timeout_s")
+_OF_ENDPOINT = (
+    "api_keys_file",
+    "limits",
+    "response_cache_bytes",
+    "usd_per_hour",
+    "otlp_endpoint",
+    "metrics_port",
+    "health_check_timeout_s",
+)
 # These change while replicas run, so they are user_config.
 _OF_USER_CONFIG = ("adapters", "aliases")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
+from ray.util import get_node_ip_address
 from tokenizers import Tokenizer
 
 from altiplano import spec
@@ -20,6 +21,7 @@ from altiplano.serve.generation import Generator
 from altiplano.serve.governance import Governance
 from altiplano.serve.logs import write_json_lines
 from altiplano.serve.metering import MeteredEngineClient
+from altiplano.serve.metrics_server import MetricsServer
 from altiplano.serve.settings import ServeSettings
 from altiplano.serve.ttft import RecentPercentile, cumulative_buckets
 
@@ -82,6 +84,7 @@ class Endpoint:
         write_json_lines()
         wanted = spec.Serve.model_validate(endpoint)
         _Process.governance = Governance.of(wanted)
+        await _show_metrics(_Process.governance, wanted.metrics_port)
         _Process.generator = await make_generator(ServeSettings(**settings))
         _Process.generator.experiment.gather = _snapshots
         self._patience_s = wanted.health_check_timeout_s
@@ -122,6 +125,16 @@ class Endpoint:
         except EngineDiedError:
             if client.failure is not None:
                 raise
+
+
+async def _show_metrics(governance: Governance, base_port: int) -> None:
+    # Without keys this machine only, as on the endpoint's own port; with keys where Ray reaches this node.
+    host = "127.0.0.1" if governance.keys is None else get_node_ip_address()
+    try:
+        address = await MetricsServer(governance, current).start(host, base_port)
+        logger.info("metrics of this replica: http://%s:%d/metrics", *address)
+    except OSError as error:
+        logger.error("this replica shows no metrics of its own: %s", error)
 
 
 async def _snapshots() -> list[dict[str, Any]]:

@@ -271,6 +271,12 @@ class Serve(Section):
     )
     usd_per_hour: float | None = Field(None, ge=0, description="Price of one replica, for the cost per key and model.")
     otlp_endpoint: str | None = Field(None, description="Where traces go (OTLP over HTTP); null: no traces.")
+    metrics_port: int = Field(
+        9464,
+        ge=1024,
+        le=65000,
+        description="Where a replica shows its own /metrics; replicas that share a node count up from it.",
+    )
     http_proxy: Literal["haproxy", "python"] = Field(
         "haproxy",
         description="What stands before the replicas: haproxy adds 0.6 ms to a request, Ray's own proxy in Python 4 ms or more.",
