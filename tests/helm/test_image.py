@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
-from ray.serve.schema import DeploymentSchema, ServeDeploySchema
-from support import charts, pods
+from ray.serve.schema import ServeDeploySchema
+from support import charts, pods, serving
 from support.charts import ROOT
+
+from altiplano.serve.application import parse
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())
@@ -98,11 +100,20 @@ def test_the_charts_mlflow_has_what_its_start_reads(chart: Path, helm4: charts.H
     assert needed <= {variable["name"] for variable in deployment["spec"]["template"]["spec"]["containers"][0]["env"]}
 
 
-def test_compose_serves_what_the_chart_serves(chart: Path, helm4: charts.Helm4) -> None:
+def test_compose_serves_what_the_chart_serves(chart: Path) -> None:
+    """The generated config for the chart's values with one replica."""
     mine = yaml.safe_load((ROOT / "k8s" / "compose-serve.yaml").read_text())
     ServeDeploySchema.model_validate(mine)
-    theirs = yaml.safe_load(charts.of_kind(helm4.template(chart, {}), "RayService")[0]["spec"]["serveConfigV2"])
+    values = serving.endpoint_values(
+        chart, {"endpoint": {"replicas": {"max": 1}, "model": mine["applications"][0]["args"]["model"]}}
+    )
+    theirs = serving.generated(values)
     (my_application,), (their_application,) = mine["applications"], theirs["applications"]
-    assert my_application["import_path"] == their_application["import_path"]
-    assert my_application["args"].keys() <= their_application["args"].keys()
-    assert my_application["deployments"][0].keys() <= DeploymentSchema.model_fields.keys()
+    assert parse(my_application.pop("args") | {"model": "cria"}) == parse(their_application.pop("args") | {"model": "cria"})
+    for field in serving.OF_THE_PLACE:
+        my_application["deployments"][0].pop(field, None)
+        their_application["deployments"][0].pop(field, None)
+    del theirs["controller_options"], their_application["runtime_env"]
+    assert mine == theirs
+    environment = COMPOSE["services"]["endpoint"]["environment"]
+    assert {k: v for k, v in environment.items() if k.startswith("RAY_SERVE_")} == serving.generated_environment(values)

@@ -1,8 +1,6 @@
 """Ray's own readers take what the chart writes; one Ray everywhere; the application that Serve imports is ours."""
 
-import dataclasses
 import importlib
-import json
 import re
 import tomllib
 from pathlib import Path
@@ -19,13 +17,8 @@ from support import charts, crds, pods
 from support.charts import ROOT, Object
 from support.matrix import MATRIX
 
-from altiplano import spec
-from altiplano.serve.application import IMPORT_PATH, parse
+from altiplano.serve.application import IMPORT_PATH
 from altiplano.serve.deployment import Endpoint
-from altiplano.serve.settings import ServeSettings
-
-# What the chart passes beside the settings of the engine.
-ARGUMENTS = {"model", "api_keys_file", "usd_per_hour", "otlp_endpoint"}
 
 
 @pytest.fixture(scope="module")
@@ -85,26 +78,6 @@ def test_the_import_path_is_the_applications(chart: Path, helm4: charts.Helm4) -
     assert application["import_path"] == IMPORT_PATH
     module, _, name = IMPORT_PATH.partition(":")
     assert callable(getattr(importlib.import_module(module), name))
-
-
-@pytest.mark.parametrize("name", ["default", "gpu", "cpu-trial", "adapters", "no-auth"])
-def test_the_application_takes_its_arguments(chart: Path, helm4: charts.Helm4, name: str) -> None:
-    """By the code that a replica runs; the model is cria because weights of the hub are not here."""
-    (application,) = _serve_config(chart, helm4, MATRIX[name])["applications"]
-    settings, endpoint = parse(application["args"] | {"model": "cria"})
-    assert settings.served_model_name == application["args"]["served_model_name"]
-    assert (endpoint.api_keys_file is None) == (name == "no-auth")
-
-
-def test_the_engines_arguments_are_its_settings(chart: Path, helm4: charts.Helm4) -> None:
-    settings = {field.name for field in dataclasses.fields(ServeSettings)}
-    schema = json.loads((chart / "values.schema.json").read_text())
-    assert set(schema["properties"]["endpoint"]["properties"]["engine"]["properties"]) <= settings
-    (application,) = _serve_config(chart, helm4, {"endpoint": {"usdPerHour": 2.5, "otlpEndpoint": "http://collector:4318"}})[
-        "applications"
-    ]
-    assert application["args"].keys() - settings == ARGUMENTS
-    assert ARGUMENTS - {"model"} <= spec.Serve.model_fields.keys()
 
 
 def test_adapters_change_without_a_restart(chart: Path, helm4: charts.Helm4) -> None:

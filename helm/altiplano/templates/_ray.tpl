@@ -49,15 +49,28 @@
 {{- end }}
 {{- include "altiplano.objectStoreEnv" $root }}
 {{- if eq .cluster "endpoint" }}
+{{- include "altiplano.proxyEnv" $root.Values.endpoint }}
+{{- end }}
+{{- end -}}
+
+{{/*
+The proxy of Serve: what altiplano.serve.proxy:proxy_environment says, and a test holds both equal. Serve's processes read it when they start, so it belongs to
+the pods: a change makes a new cluster. Ports of HAProxy's statistics stay Ray's: a pod has its own.
+*/}}
+{{- define "altiplano.proxyEnv" }}
+- name: RAY_SERVE_ENABLE_HA_PROXY
+  value: {{ ternary "1" "0" .haProxy | quote }}
+{{- if .haProxy }}
 - name: RAY_SERVE_THROUGHPUT_OPTIMIZED
   value: "1"
-- name: RAY_SERVE_ENABLE_HA_PROXY
-  value: {{ ternary "1" "0" $root.Values.endpoint.haProxy | quote }}
-{{- if $root.Values.endpoint.haProxy }}
-# Every scale event reloads HAProxy; streams on the old process must be able to end.
+# HAProxy learns at once that a replica leaves; Ray's 30 s are for load balancers that only look now and then.
+- name: RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S
+  value: "5"
+# Every change of replicas starts a new HAProxy; the old one ends its streams for this long.
 - name: RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S
-  value: {{ add $root.Values.endpoint.gracefulShutdownTimeoutSeconds 60 | quote }}
-{{- end }}
+  value: {{ .gracefulShutdownTimeoutSeconds | quote }}
+- name: RAY_SERVE_HAPROXY_BALANCE_ALGORITHM
+  value: {{ ternary "hdr(x-session-id)\n    hash-type consistent\n    hash-balance-factor 150" "leastconn" (eq .routing "session") | quote }}
 {{- end }}
 {{- end -}}
 
@@ -81,7 +94,7 @@
   emptyDir: {}
   {{- end }}
 {{- end }}
-{{- if and (eq .cluster "endpoint") .root.Values.endpoint.apiKeys }}
+{{- if eq .cluster "endpoint" }}
 - name: api-keys
   secret:
     secretName: {{ .root.Values.secrets.name }}
@@ -95,7 +108,7 @@
 - {name: tmp, mountPath: /tmp}
 - {name: models, mountPath: /models}
 - {name: workspace, mountPath: /workspace}
-{{- if and (eq .cluster "endpoint") .root.Values.endpoint.apiKeys }}
+{{- if eq .cluster "endpoint" }}
 - {name: api-keys, mountPath: /etc/altiplano/keys, readOnly: true}
 {{- end }}
 {{- end -}}
@@ -151,8 +164,8 @@ containers:
     lifecycle:
       preStop:
         exec:
-          # Drains the node: its actors learn of the end before the kernel tells them.
-          command: ["/bin/bash", "-c", "ray stop"]
+          # Ends before the kubelet loses patience: Ray's own processes need the rest.
+          command: ["/bin/bash", "-c", {{ $root.Files.Get "files/drain_node.sh" | quote }}, drain, {{ sub .gracePeriod 30 | quote }}]
     {{- end }}
 {{- end -}}
 
@@ -165,7 +178,8 @@ metadata:
   annotations: {{- toYaml . | nindent 4 }}
   {{- end }}
 spec:
-{{- $grace := ternary (add $root.Values.endpoint.gracefulShutdownTimeoutSeconds 60) 120 (eq .cluster "endpoint") -}}
+{{- /* A replica's answers, and two minutes for the replica that takes over. */ -}}
+{{- $grace := ternary (add $root.Values.endpoint.gracefulShutdownTimeoutSeconds 120) 120 (eq .cluster "endpoint") -}}
 {{- $spec := fromYaml (include "altiplano.ray.podSpec" (merge (dict "gracePeriod" $grace) .)) -}}
 {{- toYaml (mergeOverwrite $spec (.group.podSpec | default dict)) | nindent 2 }}
 {{- end -}}

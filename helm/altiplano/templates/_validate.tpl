@@ -123,8 +123,27 @@ What a schema cannot say: rules between values, and the rules that only KubeRay'
 {{- $wrong = append $wrong "endpoint.upgradeStrategy: with incremental upgrades KubeRay makes the Gateway and its route: disable ingress.endpoint and httpRoute.endpoint" -}}
 {{- end -}}
 {{- end -}}
-{{- if and (not .apiKeys) (or $v.ingress.endpoint.enabled $v.httpRoute.endpoint.enabled) -}}
-{{- $wrong = append $wrong "endpoint.apiKeys: the endpoint is not exposed to the outside without API keys" -}}
+{{- if not .apiKeys -}}
+{{- $wrong = append $wrong "endpoint.apiKeys: without keys the endpoint answers nobody but its own pod: leave it true, docs/install.md makes the keys" -}}
+{{- end -}}
+{{- if and (eq .engine.device "cuda") (ne .engine.dtype "bfloat16") -}}
+{{- $wrong = append $wrong (printf "endpoint.engine.dtype: the GPU engine computes in bfloat16, not %s" .engine.dtype) -}}
+{{- end -}}
+{{- if and (eq .engine.device "cpu") (ne (.engine.kv_cache_dtype | default "auto") "auto") -}}
+{{- $wrong = append $wrong "endpoint.engine.kv_cache_dtype: needs a GPU: leave it at auto with device cpu" -}}
+{{- end -}}
+{{- if and (eq .engine.device "cpu") (ne (.engine.quantization | default "none") "none") -}}
+{{- $wrong = append $wrong "endpoint.engine.quantization: needs a GPU: leave it at none with device cpu" -}}
+{{- end -}}
+{{- if and (ne (.engine.quantization | default "none") "none") (eq (int (.engine.block_size | default 32)) 8) -}}
+{{- $wrong = append $wrong "endpoint.engine.block_size: quantized weights need 16 or more" -}}
+{{- end -}}
+{{- if lt (int64 .engine.kv_cache_tokens) (int64 .engine.max_model_len) -}}
+{{- $wrong = append $wrong (printf "endpoint.engine.kv_cache_tokens: %d hold no request of max_model_len %d" (int64 .engine.kv_cache_tokens) (int64 .engine.max_model_len)) -}}
+{{- end -}}
+{{- $delay := .rayClusterDeletionDelaySeconds -}}
+{{- if and (not (kindIs "invalid" $delay)) (ne .upgradeStrategy "None") (lt (int $delay) (int .gracefulShutdownTimeoutSeconds)) -}}
+{{- $wrong = append $wrong (printf "endpoint.rayClusterDeletionDelaySeconds: %d is less than gracefulShutdownTimeoutSeconds: streams on the former cluster would be cut" (int $delay)) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
