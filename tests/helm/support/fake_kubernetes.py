@@ -29,7 +29,7 @@ KINDS = {
     "networking.k8s.io/v1": ["Ingress", "NetworkPolicy"],
     "policy/v1": ["PodDisruptionBudget"],
     "rbac.authorization.k8s.io/v1": ["Role", "RoleBinding"],
-    "ray.io/v1": ["RayCluster", "RayService"],
+    "ray.io/v1": ["RayCluster", "RayJob", "RayService"],
 }
 PATH = re.compile(
     r"/(?:api/v1|apis/(?P<group>[^/]+)/(?P<version>[^/]+))/namespaces/(?P<namespace>[^/]+)/(?P<plural>[a-z]+)(?:/(?P<name>[^/]+))?(?:/status)?"
@@ -378,10 +378,10 @@ def _openapi(api: str) -> Object:
 
 
 @contextmanager
-def serving() -> Iterator[Cluster]:
-    """A cluster on a port of its own."""
-    cluster = Cluster()
-    handler = type("Handler", (_Handler,), {"cluster": cluster})
+def serving(cluster: Cluster | None = None, answers: type[_Handler] = _Handler) -> Iterator[Cluster]:
+    """A cluster on a port of its own. `answers`: a handler that knows more."""
+    cluster = cluster or Cluster()
+    handler = type("Handler", (answers,), {"cluster": cluster})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     cluster.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
