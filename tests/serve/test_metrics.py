@@ -97,6 +97,7 @@ def test_the_engines_own_state(guarded: Guarded) -> None:
     none: frozenset[tuple[str, str]] = frozenset()
     assert busy[("altiplano_num_requests_running", none)] == 1 and after[("altiplano_num_requests_running", none)] == 0
     assert 0 < busy[("altiplano_kv_cache_usage_perc", none)] <= 1
+    assert after[("altiplano_kv_cache_usage_perc", none)] == 0 < after[("altiplano_prefix_cache_pages", none)]
     assert busy[("altiplano_num_requests_waiting", none)] == 0 and busy[("altiplano_engine_up", none)] == 1
 
 

@@ -83,7 +83,10 @@ class Metrics:
         self._engine = {
             "num_running": gauge("num_requests_running", "Requests in the engine's batch"),
             "num_waiting": gauge("num_requests_waiting", "Requests that wait for the engine"),
-            "kv_cache_usage": gauge("kv_cache_usage_perc", "Share of KV pages in use, 1 is all"),
+            "kv_cache_held": gauge("kv_cache_usage_perc", "Share of KV pages that requests hold, 1 is all"),
+            "num_cached_pages": gauge(
+                "prefix_cache_pages", "KV pages with cached prefixes; they give way when requests need them"
+            ),
             "preemptions": gauge("num_preemptions", "Requests that gave up their pages, since the engine started"),
             "steps": gauge("engine_steps", "Steps since the engine started"),
             "step_seconds": gauge("engine_step_seconds", "Time inside steps since the engine started"),
