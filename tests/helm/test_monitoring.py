@@ -13,7 +13,7 @@ import pytest
 import ray
 import yaml
 from support import charts, pods
-from support.charts import ROOT, Object
+from support.charts import ROOT, Object, merged
 from support.matrix import MATRIX
 
 from altiplano.serve import cost, gpu_metrics
@@ -155,3 +155,17 @@ def test_pod_monitors_find_ports(objects: list[Object]) -> None:
         ]
         ports = {port["name"] for pod in chosen for container in pods.containers(pod) for port in container["ports"]}
         assert {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]} <= ports
+
+
+def test_each_replica_is_scraped_where_it_shows_its_metrics(chart: Path, helm4: charts.Helm4) -> None:
+    """Through the proxy's port Prometheus would read another replica each time."""
+    objects = helm4.template(chart, merged(MATRIX["monitoring"], {"endpoint": {"metricsPort": 9700}}))
+    (monitor,) = [o for o in charts.of_kind(objects, "PodMonitor") if o["metadata"]["name"].endswith("-endpoint")]
+    (scraped,) = monitor["spec"]["podMetricsEndpoints"]
+    (service,) = charts.of_kind(objects, "RayService")
+    _, worker = pods.pods([service])
+    ports = {port["name"]: port["containerPort"] for port in pods.containers(worker)[0]["ports"]}
+    (application,) = yaml.load(service["spec"]["serveConfigV2"], yaml.CSafeLoader)["applications"]
+    assert ports[scraped["port"]] == application["args"]["metrics_port"] == 9700
+    assert application["deployments"][0]["max_replicas_per_node"] == 1, "a second replica would be at the next port"
+    assert scraped["authorization"]["credentials"] == {"name": "altiplano-secrets", "key": "metrics-api-key"}

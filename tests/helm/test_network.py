@@ -11,6 +11,7 @@ STRANGER: Object = {"metadata": {"namespace": "elsewhere", "labels": {"app": "st
 NEIGHBOUR: Object = {"metadata": {"namespace": charts.NAMESPACE, "labels": {"app": "neighbour"}}}
 OPERATOR: Object = {"metadata": {"namespace": "kuberay", "labels": {"app.kubernetes.io/name": "kuberay-operator"}}}
 PROMETHEUS: Object = {"metadata": {"namespace": "monitoring", "labels": {"app.kubernetes.io/name": "prometheus"}}}
+COLLECTOR: Object = {"metadata": {"namespace": "monitoring", "labels": {"app": "otel-collector"}}}
 SUBMITTER: Object = {"metadata": {"namespace": charts.NAMESPACE, "labels": {"altiplano.io/jobs-client": "true"}}}
 
 
@@ -28,6 +29,7 @@ class Release:
             "neighbour": NEIGHBOUR,
             "operator": OPERATOR,
             "prometheus": PROMETHEUS,
+            "collector": COLLECTOR,
             "submitter": SUBMITTER,
         }
 
@@ -39,7 +41,8 @@ class Release:
 @pytest.fixture(scope="module")
 def release(chart: Path, helm4: charts.Helm4) -> Release:
     """A release with everything in the cluster."""
-    return Release(helm4.template(chart, merged(MONITORING, {"backup": {"enabled": True}})))
+    tracing = {"endpoint": {"otlpEndpoint": "http://collector.monitoring:4318"}}
+    return Release(helm4.template(chart, merged(MONITORING, tracing, {"backup": {"enabled": True}})))
 
 
 OPEN = [
@@ -61,7 +64,10 @@ OPEN = [
     ("stranger", "endpoint-endpoint", 8000),
     ("prometheus", "jobs-training", 8080),
     ("prometheus", "jobs-head", 44217),
-    ("prometheus", "endpoint-endpoint", 8000),
+    ("prometheus", "endpoint-endpoint", 9464),
+    ("endpoint-endpoint", "collector", 4318),
+    ("endpoint-head", "prometheus", 9090),
+    ("jobs-head", "prometheus", 9090),
     ("test", "mlflow", 5000),
     ("test", "jobs-head", 8265),
     ("test", "endpoint-endpoint", 8000),
@@ -88,6 +94,10 @@ CLOSED = [
     ("neighbour", "postgres", 5432),
     ("prometheus", "postgres", 5432),
     ("prometheus", "jobs-head", 8265),
+    ("stranger", "endpoint-endpoint", 9464),
+    ("neighbour", "endpoint-endpoint", 9464),
+    ("jobs-training", "collector", 4318),
+    ("endpoint-endpoint", "collector", 22),
     ("mlflow", "jobs-head", 8265),
     ("redis", "postgres", 5432),
     ("test", "postgres", 5432),
@@ -109,7 +119,7 @@ def test_only_heads_and_the_hook_reach_the_kubernetes_api(release: Release) -> N
     reaching = {
         name
         for name, pod in release.pods.items()
-        if name not in ("stranger", "neighbour", "operator", "prometheus", "submitter")
+        if name not in ("stranger", "neighbour", "operator", "prometheus", "collector", "submitter")
         and network.allows_out(release.policies, pod, 6443)
     }
     assert reaching == {"jobs-head", "endpoint-head", "jobs-apply"}
@@ -130,6 +140,12 @@ def test_an_outside_database_and_store_are_reached(chart: Path, helm4: charts.He
     assert network.allows_out(release.policies, release.pods["mlflow"], 5432)
     assert network.allows_out(release.policies, release.pods["mlflow"], 443)
     assert not network.allows_out(release.policies, release.pods["mlflow"], 22)
+
+
+def test_traces_and_dashboards_leave_only_when_they_are_configured(chart: Path, helm4: charts.Helm4) -> None:
+    release = Release(helm4.template(chart, {}))
+    assert not release.allows("endpoint-endpoint", "collector", 4318)
+    assert not release.allows("endpoint-head", "prometheus", 9090)
 
 
 def test_every_pod_is_selected_by_default_deny(release: Release) -> None:

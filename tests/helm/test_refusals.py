@@ -81,6 +81,11 @@ WRONG: list[tuple[str, Values]] = [
     ("endpoint.aliases.champion", {"endpoint": {"aliases": {"champion": "orders-7"}}}),
     ("endpoint.incrementalUpgrade.gatewayClassName", {"endpoint": {"upgradeStrategy": "NewClusterWithIncrementalUpgrade"}}),
     ("endpoint.apiKeys", {"endpoint": {"apiKeys": False}}),
+    ("endpoint.metricsPort", {"endpoint": {"metricsPort": 8265}}),
+    (
+        "networkPolicy.traceCollectors",
+        {"endpoint": {"otlpEndpoint": "http://c:4318"}, "networkPolicy": {"traceCollectors": {"to": []}}},
+    ),
     ("endpoint.engine.dtype: the GPU engine", {"endpoint": {"engine": {"dtype": "float16"}}}),
     (
         "endpoint.engine.kv_cache_dtype",

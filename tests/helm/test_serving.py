@@ -70,6 +70,7 @@ def test_every_setting_of_the_endpoint_can_be_given(chart: Path) -> None:
         "response_cache_bytes": "responseCacheBytes",
         "usd_per_hour": "usdPerHour",
         "otlp_endpoint": "otlpEndpoint",
+        "metrics_port": "metricsPort",
         "http_proxy": "haProxy",
         "routing": "routing",
         "api_keys_file": "apiKeys",

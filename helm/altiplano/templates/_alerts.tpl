@@ -44,7 +44,7 @@ annotations:
     - alert: AltiplanoKvCacheFull
       expr: max by (namespace, pod) (altiplano_kv_cache_usage_perc{ {{- $in -}} }) > {{ $limits.kvCacheUsage }}
       for: 10m
-      {{- include "altiplano.alert" (dict "root" . "alert" "AltiplanoKvCacheFull" "severity" "warning" "summary" "{{ $labels.pod }} has used {{ $value | humanizePercentage }} of its KV pages") | nindent 6 }}
+      {{- include "altiplano.alert" (dict "root" . "alert" "AltiplanoKvCacheFull" "severity" "warning" "summary" "{{ $labels.pod }} holds {{ $value | humanizePercentage }} of its KV pages for requests") | nindent 6 }}
     - alert: AltiplanoCost
       expr: sum by (namespace) (rate(altiplano_cost_usd_total{ {{- $in -}} }[1h])) * 3600 > {{ $limits.costUsdPerHour }}
       for: 15m

@@ -25,6 +25,7 @@ applications:
       limits: {{- toYaml . | nindent 8 }}
       {{- end }}
       response_cache_bytes: {{ int64 $values.responseCacheBytes }}
+      metrics_port: {{ $values.metricsPort }}
       health_check_timeout_s: {{ $values.healthCheckTimeoutSeconds }}
       {{- if not (kindIs "invalid" $values.usdPerHour) }}
       usd_per_hour: {{ $values.usdPerHour }}

@@ -185,3 +185,12 @@ true
 {{- define "altiplano.servedModelName" -}}
 {{- .Values.endpoint.servedModelName | default (.Values.endpoint.model | base | lower) -}}
 {{- end -}}
+
+{{/* {to, ports}: one egress rule of a NetworkPolicy. */}}
+{{- define "altiplano.opening" -}}
+- to: {{- toYaml .to | nindent 4 }}
+  ports:
+    {{- range .ports }}
+    - {protocol: TCP, port: {{ . }}}
+    {{- end }}
+{{- end -}}

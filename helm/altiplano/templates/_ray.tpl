@@ -153,6 +153,10 @@ containers:
       {{- end }}
       {{- if eq .cluster "endpoint" }}
       - {name: serve, containerPort: 8000}
+      {{- if eq .role "worker" }}
+      # One replica a pod, so its metrics are at the first port.
+      - {name: replica-metrics, containerPort: {{ $root.Values.endpoint.metricsPort }}}
+      {{- end }}
       {{- end }}
     resources: {{- toYaml .group.resources | nindent 6 }}
     volumeMounts:

@@ -123,6 +123,12 @@ What a schema cannot say: rules between values, and the rules that only KubeRay'
 {{- $wrong = append $wrong "endpoint.upgradeStrategy: with incremental upgrades KubeRay makes the Gateway and its route: disable ingress.endpoint and httpRoute.endpoint" -}}
 {{- end -}}
 {{- end -}}
+{{- if has (int .metricsPort) (list 6379 8000 8080 8265 10001 44217 44227) -}}
+{{- $wrong = append $wrong (printf "endpoint.metricsPort: %d is a port of Ray's: take another" (int .metricsPort)) -}}
+{{- end -}}
+{{- if and .otlpEndpoint $v.networkPolicy.enabled (not (and $v.networkPolicy.traceCollectors.to $v.networkPolicy.traceCollectors.ports)) -}}
+{{- $wrong = append $wrong "networkPolicy.traceCollectors: traces go to endpoint.otlpEndpoint: name the collector's pods in `to` and their ports" -}}
+{{- end -}}
 {{- if not .apiKeys -}}
 {{- $wrong = append $wrong "endpoint.apiKeys: without keys the endpoint answers nobody but its own pod: leave it true, docs/install.md makes the keys" -}}
 {{- end -}}

@@ -118,6 +118,7 @@ MATRIX: dict[str, Values] = {
             "gracefulShutdownTimeoutSeconds": 900,
             "routing": "session",
             "usdPerHour": 0,
+            "metricsPort": 9700,
             "otlpEndpoint": "http://collector:4318",
             "cpusPerReplica": 3,
         }

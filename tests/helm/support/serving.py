@@ -57,6 +57,7 @@ def _settings(endpoint: Values) -> tuple[ServeSettings, spec.Serve]:
             "response_cache_bytes": endpoint["responseCacheBytes"],
             "usd_per_hour": endpoint["usdPerHour"],
             "otlp_endpoint": endpoint["otlpEndpoint"] or None,
+            "metrics_port": endpoint["metricsPort"],
             "http_proxy": "haproxy" if endpoint["haProxy"] else "python",
             "routing": endpoint["routing"],
             "graceful_shutdown_timeout_s": endpoint["gracefulShutdownTimeoutSeconds"],
