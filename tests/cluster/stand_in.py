@@ -12,6 +12,7 @@ import threading
 from typing import Any
 from urllib.parse import parse_qs
 
+from support.charts import NAMESPACE
 from support.fake_kubernetes import Cluster, Object, Refusal, _Handler, plural
 
 EVERYWHERE = re.compile(r"/(?:api/v1|apis/[^/]+/[^/]+)/(?P<plural>[a-z]+)")
@@ -55,13 +56,15 @@ class Answers(_Handler):
     def _get(self) -> Object:
         path, query = self._split()
         self._refuse(path)
+        if path == f"/api/v1/namespaces/{NAMESPACE}":
+            return {"kind": "Namespace", "apiVersion": "v1", "metadata": {"name": NAMESPACE}}
         if EVENTS.fullmatch(path):
             wanted = query["fieldSelector"][0].partition("=")[2]
             return {"kind": "EventList", "items": [e for e in self.cluster.events if e["involvedObject"]["name"] == wanted]}
         if (everywhere := EVERYWHERE.fullmatch(path)) and everywhere["plural"] not in ("v1", "v1beta1"):
             items = [o for (kind, _), o in self.cluster.objects.items() if kind == everywhere["plural"]]
-            return {"kind": "List", "items": [o for o in items if _labelled(o, query)]}
-        return super()._get()
+            return _listed({"kind": "List", "items": [o for o in items if _labelled(o, query)]})
+        return _listed(super()._get())
 
     def _post(self) -> Object:
         self._refuse(self._split()[0])
@@ -158,3 +161,17 @@ class Answers(_Handler):
 def _labelled(manifest: Object, query: dict[str, list[str]]) -> bool:
     terms = [term.split("=") for term in ",".join(query.get("labelSelector", [])).split(",") if term]
     return all(manifest["metadata"].get("labels", {}).get(key) == value for key, value in terms)
+
+
+def _listed(answer: Object) -> Object:
+    """A server leaves the kind of built-in objects to the list."""
+    if "items" not in answer:
+        return answer
+    ours = ("ray.io/", "kueue.")
+    items = [
+        o
+        if o.get("apiVersion", "").startswith(ours)
+        else {key: value for key, value in o.items() if key not in ("apiVersion", "kind")}
+        for o in answer["items"]
+    ]
+    return {**answer, "items": items}

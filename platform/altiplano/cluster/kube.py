@@ -57,6 +57,7 @@ class Kind:
 
 CONFIG_MAP = Kind("v1", "configmaps")
 EVENT = Kind("v1", "events")
+NAMESPACE = Kind("v1", "namespaces")
 NODE = Kind("v1", "nodes")
 POD = Kind("v1", "pods")
 SECRET = Kind("v1", "secrets")
@@ -121,8 +122,9 @@ class Kube:
             if error.code == 404:
                 return []
             raise
-        items: list[Object] = found["items"]
-        return items
+        # The server leaves the kind of built-in objects to the list.
+        named = {"apiVersion": kind.api, "kind": found["kind"].removesuffix("List")}
+        return [named | item for item in found["items"]]
 
     def kinds(self, api: str) -> set[str]:
         """Names of the kinds of `api` (group/version) that this cluster knows."""
@@ -138,6 +140,14 @@ class Kube:
         """The server's own, as in v1.36.0."""
         found: str = self._json("GET", "/version")["gitVersion"]
         return found
+
+    def has_namespace(self) -> bool:
+        """Whether the namespace is there; an account that may not look is taken to work in one that is."""
+        try:
+            self._json("GET", NAMESPACE.path(None, self.namespace))
+        except RefusedError as error:
+            return error.code != 404
+        return True
 
     def apply(self, kind: Kind, manifest: Object, *, dry_run: bool = False) -> Object:
         """Server-side apply: the fields of `manifest` become ours, whoever wrote them before. Returns the object as it is then.

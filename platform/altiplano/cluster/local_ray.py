@@ -22,6 +22,9 @@ import psutil
 from altiplano.cluster import processes
 
 
+ATTEMPTS = 3
+
+
 class RayStartError(RuntimeError):
     """The head did not come up; the message holds the end of Ray's own output."""
 
@@ -51,28 +54,35 @@ def environment(workspace: Path) -> dict[str, str]:
 
 
 def start(workspace: Path, num_cpus: int) -> RayHead:
-    """The running head of `workspace`, started now if there is none."""
+    """The running head of `workspace`, started now if there is none.
+
+    Raises:
+        RayStartError: it did not come up, several times.
+    """
     running = find(workspace)
     if running is not None:
         return running
     workspace.mkdir(parents=True, exist_ok=True)
-    head = RayHead(
-        address=f"127.0.0.1:{processes.free_port()}",
-        dashboard=f"http://127.0.0.1:{processes.free_port()}",
-        temp_dir=str(_temp_dir(workspace)),
-    )
-    done = subprocess.run(
-        _command(head, num_cpus),
-        env=processes.mark(workspace) | environment(workspace),
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-    if done.returncode != 0:
-        processes.stop(processes.marked(workspace))
-        raise RayStartError(f"Ray did not start (exit code {done.returncode}):\n{(done.stdout + done.stderr)[-2000:]}")
-    _state_file(workspace).write_text(json.dumps(asdict(head)))
-    return head
+    # Ray gives its own processes 30 seconds, which a busy machine may not keep; and a port that was free may be taken meanwhile.
+    for _ in range(ATTEMPTS):
+        head = RayHead(
+            address=f"127.0.0.1:{processes.free_port()}",
+            dashboard=f"http://127.0.0.1:{processes.free_port()}",
+            temp_dir=str(_temp_dir(workspace)),
+        )
+        others = {p.pid for p in processes.marked(workspace)}
+        done = subprocess.run(
+            _command(head, num_cpus),
+            env=processes.mark(workspace) | environment(workspace),
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
+        if done.returncode == 0:
+            _state_file(workspace).write_text(json.dumps(asdict(head)))
+            return head
+        processes.stop([p for p in processes.marked(workspace) if p.pid not in others])
+    raise RayStartError(f"Ray did not start (exit code {done.returncode}):\n{(done.stdout + done.stderr)[-2000:]}")
 
 
 def find(workspace: Path) -> RayHead | None:
