@@ -21,7 +21,6 @@ import psutil
 
 from altiplano.cluster import processes
 
-
 ATTEMPTS = 3
 
 
