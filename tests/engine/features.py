@@ -27,6 +27,7 @@ FEATURES = (
     ),
     Feature("priorities", "the last to come goes first"),
     Feature("abort", "a neighbour leaves in mid-answer"),
+    Feature("speculation", "guesses at the next tokens, every third of them wrong", settings={"num_speculative_tokens": 4}),
     Feature("LoRA", "every other request with an adapter", adapter="lora"),
     Feature("DoRA", "every other request with an adapter that has magnitudes", adapter="dora"),
     Feature("seed", "temperature 0.9 with a seed", params={"temperature": 0.9, "seed": 11}),

@@ -31,6 +31,9 @@ class EngineConfig:
     load_format: str = "safetensors"  # or "dummy": random weights by config, for benchmarks
     kv_cache_dtype: str = "auto"  # or "bf16", "fp8", "int8": 8 bits have a scale per token and head; on a GPU only
     quantization: str = "none"  # or "int8", "int4": weights in groups of 128, made while loading; on a GPU only
+    num_speculative_tokens: int = (
+        0  # guessed per step from the request's own text (prompt lookup), when few requests run; on the CPU only
+    )
     seed: int = 0
     debug: bool = False
 
@@ -47,6 +50,10 @@ class EngineConfig:
             raise ValueError(
                 f"kv_cache_dtype {self.kv_cache_dtype} and quantization {self.quantization} need a GPU: leave them at auto and none on the CPU"
             )
+        if not 0 <= self.num_speculative_tokens <= 32:
+            raise ValueError(f"num_speculative_tokens must be between 0 and 32, not {self.num_speculative_tokens}")
+        if self.num_speculative_tokens and self.device != "cpu":
+            raise ValueError(f"num_speculative_tokens is for the CPU backend so far: set it to 0 on {self.device}")
         if self.load_format not in ("safetensors", "dummy"):
             raise ValueError(f"load_format must be safetensors or dummy, not {self.load_format!r}")
 

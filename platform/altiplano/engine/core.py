@@ -13,12 +13,13 @@ from altiplano.engine.params import SamplingParams
 from altiplano.engine.radix import RadixIndex
 from altiplano.engine.request import Request
 from altiplano.engine.runner import Drawn, Runner
-from altiplano.engine.scheduler import Scheduler
+from altiplano.engine.scheduler import Chunk, Scheduler
+from altiplano.engine.speculation import PromptLookup
 
 
 @dataclass(frozen=True)
 class TokenOutput:
-    """One step's news of one request: at most one token, and the reason when it was the last."""
+    """News of one request: at most one token, and the reason when it was the last. One a step, or several where guesses were right."""
 
     request_id: str
     token_id: int | None
@@ -54,6 +55,8 @@ class EngineStats:
     generation_tokens: int
     cached_tokens: int
     preemptions: int
+    guessed_tokens: int
+    accepted_tokens: int  # of the guessed ones
     steps: int
     step_seconds: float
 
@@ -77,6 +80,7 @@ class Engine:
         self._adapters: dict[str, Path] = {}
         self._news: list[TokenOutput] = []
         self._arrivals = self._prompt_tokens = self._generated = self._cached = self._steps = 0
+        self._guessed = self._accepted = 0
         self._seconds = 0.0
 
     @property
@@ -113,6 +117,7 @@ class Engine:
             priority,
             namespace,
             arrived=time.perf_counter(),
+            lookup=self._lookup(params),
         )
         self._requests[request_id] = request
         self._scheduler.add(request)
@@ -152,10 +157,8 @@ class Engine:
             request = self._requests[chunk.request_id]
             request.prompt_logprobs += drawn.prompt_logprobs
             request.prompt_top += drawn.prompt_top
-            self._scheduler.advance(request, chunk, drawn.token)
-            if drawn.token is not None:
-                request.allowed = None
-                news.append(self._book(request, drawn))
+            request.allowed = None if drawn.token is not None else request.allowed
+            news += self._take(request, chunk, drawn)
         if self.config.debug:
             self._scheduler.check()
         return news
@@ -198,6 +201,8 @@ class Engine:
             generation_tokens=self._generated,
             cached_tokens=self._cached,
             preemptions=self._scheduler.num_preemptions,
+            guessed_tokens=self._guessed,
+            accepted_tokens=self._accepted,
             steps=self._steps,
             step_seconds=self._seconds,
         )
@@ -246,6 +251,33 @@ class Engine:
             raise ValueError(f"logit_bias names token ids {bad} outside 0 … {self.runner.vocab_size - 1}")
         if adapter is not None and adapter not in self._adapters:
             raise UnknownAdapterError(f"no adapter {adapter!r} is loaded; loaded: {', '.join(self.adapters) or 'none'}")
+
+    def _lookup(self, params: SamplingParams) -> PromptLookup | None:
+        # What a structured request may say after a guess is known only once the guess is right.
+        return (
+            PromptLookup(self.config.num_speculative_tokens)
+            if self.config.num_speculative_tokens and not params.structured
+            else None
+        )
+
+    def _take(self, request: Request, chunk: Chunk, drawn: Drawn) -> list[TokenOutput]:
+        """Book what a chunk has brought."""
+        draws = [*drawn.accepted, drawn]
+        self._scheduler.advance(request, chunk, draws[0].token)
+        if draws[0].token is None:
+            return []
+        if request.lookup is not None and chunk.num_guesses:
+            request.lookup.observe(chunk.num_guesses, len(drawn.accepted))
+            self._guessed += chunk.num_guesses
+        news = [self._book(request, draws[0])]
+        for draw in draws[1:]:
+            if news[-1].finish_reason is not None:
+                break
+            assert draw.token is not None
+            self._scheduler.accept(request, draw.token)
+            self._accepted += 1
+            news.append(self._book(request, draw))
+        return news
 
     def _book(self, request: Request, drawn: Drawn) -> TokenOutput:
         """End the request if this token is its last."""

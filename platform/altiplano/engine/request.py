@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from altiplano.engine.params import SamplingParams
+from altiplano.engine.speculation import PromptLookup
 
 
 class State(Enum):
@@ -46,6 +47,7 @@ class Request:
     finish_reason: str | None = None
     arrived: float = 0.0  # seconds of time.perf_counter
     admitted: float | None = None  # for the first time
+    lookup: PromptLookup | None = None  # guesses at its next tokens
     allowed: bytes | None = None  # of a structured request: a bit per token that may come next, lowest bit first
 
     @property

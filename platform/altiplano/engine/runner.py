@@ -13,7 +13,7 @@ class Drawn:
 
     `logprob` and `top` (token id, log-probability) describe the model's own distribution, before temperature and filters.
     `prompt_logprobs` are those of the tokens after each position of the chunk that lies inside the prompt, `prompt_top` the most
-    likely tokens there.
+    likely tokens there. `accepted`: the draws before this one, each equal to a guess of the chunk, in order.
     """
 
     token: int | None = None
@@ -21,6 +21,7 @@ class Drawn:
     top: tuple[tuple[int, float], ...] = ()
     prompt_logprobs: tuple[float, ...] = ()
     prompt_top: tuple[tuple[tuple[int, float], ...], ...] = ()
+    accepted: "tuple[Drawn, ...]" = ()
 
 
 class Runner(Protocol):

@@ -36,6 +36,13 @@ class Chunk:
     history: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     next_tokens: tuple[int, ...] = ()  # the known token after each of `tokens`, filled when their log-probabilities are asked for
     allowed: bytes | None = None  # of a structured request: a bit per token that may be drawn
+    num_guesses: int = (
+        0  # the last of `tokens`, which nobody has drawn yet: a token is drawn before each of them and after the last
+    )
+
+
+# Rows of a decode step up to which another row is nearly free, because the weights are read anyway.
+SPECULATIVE_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,12 @@ class Scheduler:
                 index += 1
                 continue
             n = min(len(request.tokens) - request.num_computed, budget)
+            guesses = self._guesses(request, budget)
+            if guesses and self._reserve(request, n + len(guesses)):
+                chunks.append(self._chunk(request, n, guesses))
+                budget -= n + len(guesses)
+                index += 1
+                continue
             while not self._reserve(request, n):
                 victim = self.running[-1]
                 self._preempt(victim)
@@ -94,14 +107,19 @@ class Scheduler:
         return StepPlan(tuple(chunks), tuple(preempted))
 
     def advance(self, request: Request, chunk: Chunk, token: int | None) -> None:
-        """Book a computed chunk, and the token drawn from it."""
+        """Book a computed chunk without its guesses, and the token drawn from it."""
         before = request.num_computed
-        request.num_computed += len(chunk.tokens)
+        request.num_computed += len(chunk.tokens) - chunk.num_guesses
         if token is not None:
             request.tokens.append(token)
         # Index once when the prompt is done, so that equal prompts share while the first still answers.
         if before < request.prompt_len <= request.num_computed:
             self._index(request)
+
+    def accept(self, request: Request, token: int) -> None:
+        """Book a right guess, the last known token, as computed; and the token drawn after it."""
+        request.num_computed += 1
+        request.tokens.append(token)
 
     def finish(self, request: Request, reason: str) -> None:
         """End a request in any state and give its pages and slot back."""
@@ -161,6 +179,14 @@ class Scheduler:
         if request.num_generated == 0:
             request.num_cached_tokens = request.num_computed
 
+    def _guesses(self, request: Request, budget: int) -> tuple[int, ...]:
+        """What may follow the one token that a request has to compute; nothing while many requests share the step."""
+        if request.lookup is None or len(request.tokens) - request.num_computed != 1 or request.num_generated == 0:
+            return ()
+        share = (SPECULATIVE_ROWS - len(self.running)) // len(self.running)
+        left = request.params.max_tokens - request.num_generated - 1
+        return request.lookup.propose(request.tokens, max(0, min(share, left, budget - 1)))
+
     def _reserve(self, request: Request, n: int) -> bool:
         """Give the request the pages that `n` more tokens need, evicting cached prefixes if that is enough."""
         need = -(-(request.num_computed + n) // self.block_size) - len(request.pages)
@@ -196,7 +222,7 @@ class Scheduler:
         if self.radix is not None:
             self.radix.insert(_namespace(request), request.tokens[: request.num_computed], request.pages)
 
-    def _chunk(self, request: Request, n: int) -> Chunk:
+    def _chunk(self, request: Request, n: int, guesses: tuple[int, ...] = ()) -> Chunk:
         start = request.num_computed
         history = None
         if request.params.penalized:
@@ -207,7 +233,7 @@ class Scheduler:
             request.request_id,
             request.slot,
             start,
-            tuple(request.tokens[start : start + n]),
+            tuple(request.tokens[start : start + n]) + guesses,
             tuple(request.pages),
             start + n == len(request.tokens),
             request.num_generated,
@@ -217,6 +243,7 @@ class Scheduler:
             history,
             following,
             request.allowed,
+            len(guesses),
         )
 
 

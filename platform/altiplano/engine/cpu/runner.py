@@ -1,5 +1,6 @@
 """The CPU runner: plan to flat batch, forward, draw."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -55,11 +56,14 @@ class CpuRunner:
         hidden = self._llama.forward(self._batch(chunks))
         ends = torch.tensor([len(chunk.tokens) for chunk in chunks]).cumsum(0)
         drawn: list[Drawn] = [Drawn()] * len(chunks)
-        sampled = [i for i, chunk in enumerate(chunks) if chunk.sample]
-        if sampled:
-            logits = self._llama.logits(hidden[ends[sampled] - 1])
-            for i, result in zip(sampled, self._draw([chunks[i] for i in sampled], logits), strict=True):
-                drawn[i] = result
+        # One row for each token to draw: the last of a chunk, and those before its guesses.
+        draws = [(i, guess) for i, chunk in enumerate(chunks) if chunk.sample for guess in range(chunk.num_guesses + 1)]
+        if draws:
+            at = torch.tensor([int(ends[i]) - 1 - chunks[i].num_guesses + guess for i, guess in draws])
+            results = self._draw([_after(chunks[i], guess) for i, guess in draws], self._llama.logits(hidden[at]))
+            for i, chunk in enumerate(chunks):
+                if chunk.sample:
+                    drawn[i] = _accepted(chunk, [r for (of, _), r in zip(draws, results, strict=True) if of == i])
         for i, chunk in enumerate(chunks):
             if chunk.params.prompt_logprobs and chunk.generated == 0:
                 rows = hidden[int(ends[i]) - len(chunk.tokens) : int(ends[i])]
@@ -145,6 +149,26 @@ class CpuRunner:
                 logits[row, [*self.eos_token_ids, *chunk.params.stop_token_ids]] = float("-inf")
         forbid(logits, [chunk.allowed for chunk in chunks])
         return logits
+
+
+def _after(chunk: Chunk, guesses: int) -> Chunk:
+    """The chunk as it would be if the first `guesses` guesses had been drawn."""
+    if not guesses:
+        return chunk
+    history = chunk.history
+    if history is not None:
+        first = len(chunk.tokens) - chunk.num_guesses
+        history = (history[0], history[1] + chunk.tokens[first : first + guesses])
+    return replace(chunk, generated=chunk.generated + guesses, history=history)
+
+
+def _accepted(chunk: Chunk, draws: list[Drawn]) -> Drawn:
+    """The first draw that no guess has foreseen, with those before it: a guess is right if it is what was drawn."""
+    right = 0
+    guesses = chunk.tokens[len(chunk.tokens) - chunk.num_guesses :]
+    while right < len(guesses) and draws[right].token == guesses[right]:
+        right += 1
+    return replace(draws[right], accepted=tuple(draws[:right])) if right else draws[0]
 
 
 def _counts(tokens: tuple[int, ...], vocab: int) -> torch.Tensor:
