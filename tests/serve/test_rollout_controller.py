@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from altiplano.serve import messages as m
+from altiplano.serve.adapters import name_of
 from altiplano.serve.arms import Arms
 from altiplano.serve.engine_client import RefusedError
 from altiplano.serve.evidence import AbClient, NoEvidenceError, Reading
@@ -166,7 +167,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, server: Server, adapter: str, seconds
     real = client.generate
 
     async def generate(request_id: str, prompt: list[int], sampling: m.Sampling, **more: Any) -> AsyncIterator[m.Token]:
-        if more.get("adapter") == adapter:
+        if name_of(more.get("adapter")) == adapter:
             if seconds is None:
                 raise RefusedError("this adapter is broken")
             await asyncio.sleep(seconds)

@@ -43,16 +43,11 @@ def verify_manifest(directory: Path) -> str:
     Raises:
         ManifestError: no manifest, a file missing, changed, or present without being listed.
     """
-    path = directory / MANIFEST
-    if not path.is_file():
-        raise ManifestError(
-            f"{directory} has no {MANIFEST}: it was not written by Altiplano, or the write did not finish; use another copy"
-        )
-    text = path.read_text()
+    text = _read(directory)
     try:
         listed: dict[str, str] = json.loads(text)["files"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ManifestError(f"{path} cannot be read ({error}): use another copy of this directory") from error
+        raise ManifestError(f"{directory / MANIFEST} cannot be read ({error}): use another copy of this directory") from error
     found = {str(p.relative_to(directory)) for p in _members(directory)}
     for name in sorted(set(listed) - found):
         raise ManifestError(f"{directory / name} is missing: the copy is incomplete; copy the directory again")
@@ -64,6 +59,24 @@ def verify_manifest(directory: Path) -> str:
                 f"{directory / name} does not match its sha256: the file was damaged or changed; use another copy"
             )
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def manifest_digest(directory: Path) -> str:
+    """The digest that `verify_manifest` returns, from the manifest alone.
+
+    Raises:
+        ManifestError: no manifest.
+    """
+    return hashlib.sha256(_read(directory).encode()).hexdigest()
+
+
+def _read(directory: Path) -> str:
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise ManifestError(
+            f"{directory} has no {MANIFEST}: it was not written by Altiplano, or the write did not finish; use another copy"
+        )
+    return path.read_text()
 
 
 def _members(directory: Path) -> list[Path]:

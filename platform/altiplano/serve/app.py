@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from altiplano import __version__, spec
 from altiplano.serve.api import add_api
 from altiplano.serve.call import current_call
+from altiplano.serve.changes import add_changes
 from altiplano.serve.connection import Connection
 from altiplano.serve.engine_client import EngineDiedError
 from altiplano.serve.errors import ApiError
@@ -40,7 +41,7 @@ def create_app(make_generator: Callable[[], Generator], governance: Governance |
         try:
             generator = make_generator()
             # While a model is tested every request is computed: answers from memory would make an arm look faster than it is.
-            return None if generator.experiment.divides(model) else generator.adapter_of(model) or "base"
+            return None if generator.experiment.divides(model) else generator.weights_of(model)
         except ApiError:
             return None
 
@@ -81,6 +82,7 @@ def create_app(make_generator: Callable[[], Generator], governance: Governance |
 
     add_observability(app, governance, make_generator)
     add_experiment(app, lambda: make_generator().experiment)
+    add_changes(app, lambda: make_generator().changes)
     add_page(app)
     missing = undeclared(app.routes)
     if missing:

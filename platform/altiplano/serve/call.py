@@ -36,6 +36,7 @@ class Call:
     places: int = 0  # in the queue
     model: str = ""
     arm: str = ""
+    weights: str = ""  # what answered: the base, or an adapter with the digest of its files
     priority: int = 0  # in the engine, lower ones first
     prompt_tokens: int = 0
     cached_tokens: int = 0

@@ -14,6 +14,7 @@ from altiplano import spec
 from altiplano.data.templates import ChatTemplate
 from altiplano.serve.app import create_app
 from altiplano.serve.autoscaling import load_of
+from altiplano.serve.changes import CHANGE
 from altiplano.serve.control import DEPLOYMENT, DeployError
 from altiplano.serve.engine_client import EngineDiedError
 from altiplano.serve.errors import ApiError
@@ -40,14 +41,19 @@ async def make_generator(settings: ServeSettings) -> Generator:
     Raises:
         DeployError: the adapters were trained with another prompt format than this endpoint writes.
         RuntimeError: the engine did not start.
+        ValueError: an adapter is damaged or does not fit.
     """
     template = checked_template(settings)
     client = MeteredEngineClient(settings)
     await client.start()
-    for name, path in settings.adapters.items():
-        await client.load_adapter(name, path)
     tokenizer = Tokenizer.from_file(str(Path(settings.model_path) / "tokenizer.json"))
-    return Generator(settings, client, tokenizer, template, dict(settings.aliases))
+    generator = Generator(settings, client, tokenizer, template)
+    try:
+        await generator.reconfigure({"adapters": settings.adapters, "aliases": settings.aliases})
+    except BaseException:
+        await client.stop()
+        raise
+    return generator
 
 
 class _Process:
@@ -87,21 +93,30 @@ class Endpoint:
         await _show_metrics(_Process.governance, wanted.metrics_port)
         _Process.generator = await make_generator(ServeSettings(**settings))
         _Process.generator.experiment.gather = _snapshots
+        _Process.generator.changes.gather = _changes
         self._patience_s = wanted.health_check_timeout_s
         self._first_token = RecentPercentile(TTFT_SHARE, TTFT_WINDOW_S)
         self._configured = False
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Adapters, aliases and the test of them change here, without a restart and without touching running requests."""
+        wanted, generator = dict(user_config), current()
+        change, refusal = wanted.pop(CHANGE, None), None
         try:
-            await current().client.wait_until_ready()
-            await current().reconfigure(user_config)
-        except ValueError as error:
+            await generator.client.wait_until_ready()
+            await generator.reconfigure(wanted)
+        except (ValueError, EngineDiedError, TimeoutError) as error:
             # Serve replaces a replica that raises here, and the next one would not start at all.
             if not self._configured:
                 raise
-            logger.error("this user_config is not taken, the one before stays: %s", error)
+            refusal = str(error) or type(error).__name__
+            logger.error("this user_config is not taken, the one before stays: %s", refusal)
+        generator.changes.note(change, refusal)
         self._configured = True
+
+    async def told_of_change(self, change: str) -> dict[str, Any]:
+        """What this replica made of a change, for the replica that was asked about all."""
+        return current().changes.told(change)
 
     async def ab_snapshot(self) -> dict[str, Any]:
         """What became of this replica's requests, for the replica that was asked about all."""
@@ -138,11 +153,19 @@ async def _show_metrics(governance: Governance, base_port: int) -> None:
 
 
 async def _snapshots() -> list[dict[str, Any]]:
-    """Of all replicas that answer within seconds."""
+    return await _all_replicas("ab_snapshot")
+
+
+async def _changes(change: str) -> list[dict[str, Any]]:
+    return await _all_replicas("told_of_change", change)
+
+
+async def _all_replicas(method: str, *args: Any) -> list[dict[str, Any]]:
+    """What a method says on all replicas that answer within seconds."""
     own = serve.get_replica_context()
     handle = serve.get_deployment_handle(own.deployment, own.app_name)
-    found = await handle.broadcast("ab_snapshot").results_async(timeout_s=SNAPSHOT_TIMEOUT_S, return_exceptions=True)
-    return [snapshot for snapshot in found if isinstance(snapshot, dict)]
+    found = await handle.broadcast(method, *args).results_async(timeout_s=SNAPSHOT_TIMEOUT_S, return_exceptions=True)
+    return [told for told in found if isinstance(told, dict)]
 
 
 def checked_template(settings: ServeSettings) -> ChatTemplate:

@@ -1,9 +1,7 @@
 """From a checked request to streams of text: prompts, sampling, stop strings, usage."""
 
 import asyncio
-import logging
 import uuid
-from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,17 +12,18 @@ from tokenizers import Tokenizer
 
 from altiplano.data.templates import ChatTemplate
 from altiplano.serve import messages as m
+from altiplano.serve.adapters import BASE, Adapter, Adapters
+from altiplano.serve.call import current_call
+from altiplano.serve.changes import Changes
 from altiplano.serve.conversation import GUARD, Message
 from altiplano.serve.detokenize import TextStream, Vocabulary
-from altiplano.serve.engine_client import EngineClient, EngineDiedError, RefusedError
+from altiplano.serve.engine_client import EngineClient
 from altiplano.serve.errors import ApiError
 from altiplano.serve.experiment import Experiment, check_user_config
 from altiplano.serve.protocol import ChatRequest, CompletionRequest
 from altiplano.serve.settings import ServeSettings
 from altiplano.serve.tools import Function
 from altiplano.serve.usage import Usage
-
-log = logging.getLogger("altiplano.serve")
 
 LONG_TEXT = 8192  # characters; longer ones are divided into tokens beside the event loop
 
@@ -53,13 +52,14 @@ class Generator:
 
     def __post_init__(self) -> None:
         self.vocabulary = Vocabulary(self.tokenizer)
-        self._users: Counter[str | None] = Counter()  # requests by the adapter that answers them
-        self._retired: set[str] = set()
+        self.adapters = Adapters(self.client)
+        self.changes = Changes(self.experiment.name)
+        self._changing = asyncio.Lock()
 
     def model_names(self) -> list[str]:
-        return [self.settings.served_model_name, *self.client.adapters, *sorted(self.aliases)]
+        return [self.settings.served_model_name, *self.adapters.names, *sorted(self.aliases)]
 
-    def adapter_of(self, model: str) -> str | None:
+    def adapter_of(self, model: str) -> Adapter | None:
         """The adapter behind a model name; None for the base.
 
         Raises:
@@ -68,14 +68,24 @@ class Generator:
         name = self.aliases.get(model, model)
         if name == self.settings.served_model_name:
             return None
-        if name not in self.client.adapters:
+        adapter = self.adapters.get(name)
+        if adapter is None:
             raise ApiError(
                 404,
                 f"there is no model {model!r}: use one of {', '.join(self.model_names())}",
                 param="model",
                 code="model_not_found",
             )
-        return name
+        return adapter
+
+    def weights_of(self, model: str) -> str:
+        """What tells the weights behind a model name from all others.
+
+        Raises:
+            ApiError: 404, no such model.
+        """
+        adapter = self.adapter_of(model)
+        return BASE if adapter is None else adapter.id
 
     def chat_text(self, messages: list[Message], functions: list[Function], *, add_generation_prompt: bool = True) -> str:
         """A chat as the model reads it.
@@ -188,6 +198,9 @@ class Generator:
     ) -> AsyncIterator[Piece]:
         """Pieces of all answers, as they come. Answer i belongs to prompt i // n."""
         adapter = self.adapter_of(self.experiment.arm_for(request.model))
+        call = current_call()
+        if call is not None:
+            call.weights = BASE if adapter is None else adapter.id
         usage.prompt_tokens = sum(len(prompt) for prompt in prompts)
         plans = [(prompt, self.sampling(request, len(prompt)), copy) for prompt in prompts for copy in range(request.n)]
         pieces: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
@@ -197,7 +210,7 @@ class Generator:
         ]
         running = len(tasks)
         mirror = self.experiment.mirror(self, request)
-        self._users[adapter] += 1
+        self.adapters.hold(adapter)
         try:
             while running:
                 piece = await pieces.get()
@@ -213,54 +226,38 @@ class Generator:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self._users[adapter] -= 1
-            if adapter in self._retired and not self._users[adapter]:
-                await self._unload(adapter)
+            await self.adapters.release(adapter)
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """Take adapters, aliases and the test of a user_config. Requests that run are not touched.
 
         Raises:
-            ValueError: what to change; nothing has changed then.
-            RefusedError: an adapter does not fit.
+            ValueError: what to change, an adapter that is damaged or does not fit among it; nothing has changed then.
+            EngineDiedError, TimeoutError: the engine did not answer; nothing has changed either.
         """
+        adapters, aliases = (_names(user_config, key, self.settings.served_model_name) for key in ("adapters", "aliases"))
         check_user_config(user_config)
-        for name, path in user_config["adapters"].items():
-            if name not in self.client.adapters:
-                await self.client.load_adapter(name, path)
-        # Names and weights change in one step: no request meets an arm without its adapter.
-        self.aliases = dict(user_config["aliases"])
-        self.experiment.configure(user_config)
-        await self.keep_adapters(user_config["adapters"])
-
-    async def keep_adapters(self, names: Iterable[str]) -> None:
-        """Unload all adapters but these; one that still answers somebody goes with its last request."""
-        self._retired = set(self.client.adapters) - set(names)
-        for name in sorted(self._retired):
-            if not self._users[name]:
-                await self._unload(name)
-
-    async def _unload(self, name: str) -> None:
-        self._retired.discard(name)
-        try:
-            await self.client.unload_adapter(name)
-        except (RefusedError, EngineDiedError):
-            # Requests that their clients left are being aborted, or the engine starts again: the next change tries again.
-            log.warning("adapter %s stays loaded for now", name)
+        async with self._changing:
+            loaded = await self.adapters.load(adapters)
+            # Names and weights change in one step: no request meets an arm without its adapter.
+            self.aliases = aliases
+            self.experiment.configure(user_config)
+            await self.adapters.use(loaded)
 
     async def _one(
         self,
         index: int,
         prompt: list[int],
         sampling: m.Sampling,
-        adapter: str | None,
+        adapter: Adapter | None,
         request: ChatRequest | CompletionRequest,
         usage: Usage,
         out: "asyncio.Queue[Piece | BaseException]",
     ) -> None:
         text = TextStream(self.vocabulary, request.stops)
         name = f"req-{uuid.uuid4().hex}"
-        tokens = self.client.generate(name, prompt, sampling, adapter=adapter, grammar=request.grammar)
+        weights = None if adapter is None else adapter.id
+        tokens = self.client.generate(name, prompt, sampling, adapter=weights, grammar=request.grammar)
         # Copies of one prompt find each other's pages: what counts is what the first one found.
         uncounted = index % request.n == 0
         try:
@@ -279,6 +276,20 @@ class Generator:
             out.put_nowait(error)
         finally:
             await tokens.aclose()  # type: ignore[attr-defined]
+
+
+def _names(user_config: Mapping[str, Any], key: str, served_model_name: str) -> dict[str, str]:
+    """
+    Raises:
+        ValueError: what to change.
+    """
+    found = user_config.get(key, {})
+    if not isinstance(found, Mapping) or not all(isinstance(text, str) for pair in found.items() for text in pair):
+        raise ValueError(f"{key} of the user_config has to map names to texts")
+    for name in (BASE, served_model_name):
+        if name in found:
+            raise ValueError(f"{key} names {name!r}, which is the base model: choose another name")
+    return dict(found)
 
 
 def _copy(sampling: m.Sampling, copy: int) -> m.Sampling:

@@ -5,10 +5,10 @@ from contextlib import aclosing
 from typing import Any
 
 from altiplano.serve import messages as m
+from altiplano.serve.adapters import name_of
 from altiplano.serve.call import Call, current_call
 from altiplano.serve.engine_client import EngineClient
 
-BASE = "base"
 TELL_EVERY = 16  # tokens: Prometheus's counters take a lock each time
 
 
@@ -45,7 +45,7 @@ class Answer:
     def __init__(self, call: Call, adapter: str | None, prompt_tokens: int) -> None:
         governance = call.governance
         self._call, self._clock = call, governance.clock
-        call.arm = call.arm or adapter or BASE  # an arm of a test has its own name
+        call.arm = call.arm or name_of(adapter)  # an arm of a test has its own name
         labels = call.labels(call.arm)
         self._metrics = governance.metrics.of(labels)
         self._account = governance.ledger.begin(labels, self._clock())

@@ -30,20 +30,22 @@ class Replay:
             given, message = message, {}
             return given or await receive()
 
-        digest = self._digest(call, message["body"])
-        if digest is None:
+        key = self._key(call, message["body"])
+        if key is None:
             await self._app(scope, again, send)
             return
+        weights, digest = key
         found = cache.get(digest)
         call.cache = "miss" if found is None else "hit"
         self._governance.metrics.response_cache.labels(call.cache).inc()
         if found is None:
-            await self._app(scope, again, _Recorder(send, cache, digest))
+            await self._app(scope, again, _Recorder(send, cache, digest, lambda: call.weights == weights))
             return
         await send({"type": "http.response.start", "status": 200, "headers": [*found.headers, (HEADER, b"hit")]})
         await send({"type": "http.response.body", "body": found.body})
 
-    def _digest(self, call: Call, body: bytes) -> bytes | None:
+    def _key(self, call: Call, body: bytes) -> tuple[str, bytes] | None:
+        """(weights, digest) of a request; None for one that is computed each time."""
         try:
             values = msgspec.json.decode(body)
         except (ValueError, RecursionError):
@@ -51,14 +53,15 @@ class Replay:
         if not isinstance(values, dict) or not isinstance(values.get("model"), str):
             return None
         weights = self._weights_of(values["model"])
-        return None if weights is None else digest_of(call.route, values, weights, call.key_id)
+        digest = None if weights is None else digest_of(call.route, values, weights, call.key_id)
+        return None if weights is None or digest is None else (weights, digest)
 
 
 class _Recorder:
-    """Passes an answer on and keeps it once it is complete."""
+    """Passes an answer on and keeps it once it is complete, unless the weights were changed before it began (`valid`)."""
 
-    def __init__(self, send: Send, cache: ResponseCache, digest: bytes) -> None:
-        self._send, self._cache, self._digest = send, cache, digest
+    def __init__(self, send: Send, cache: ResponseCache, digest: bytes, valid: Callable[[], bool]) -> None:
+        self._send, self._cache, self._digest, self._valid = send, cache, digest, valid
         self._headers: tuple[tuple[bytes, bytes], ...] | None = None
         self._parts: list[bytes] = []
 
@@ -69,6 +72,6 @@ class _Recorder:
             message["headers"] = [*message.get("headers", ()), (HEADER, b"miss")]
         elif message["type"] == "http.response.body" and self._headers is not None:
             self._parts.append(message.get("body", b""))
-            if not message.get("more_body", False):
+            if not message.get("more_body", False) and self._valid():
                 self._cache.put(self._digest, Stored(self._headers, b"".join(self._parts)))
         await self._send(message)

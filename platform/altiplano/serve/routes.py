@@ -27,6 +27,7 @@ TABLE = (
     Entry("GET", "/openapi.json", Scope.public),
     Entry("GET", "/", Scope.public),
     Entry("GET", "/page/{path:path}", Scope.public),
+    Entry("GET", "/v1/changes/{change}", Scope.public),
     Entry("GET", "/v1/models", Scope.user),
     Entry("GET", "/v1/models/{model:path}", Scope.user),
     Entry("POST", "/v1/chat/completions", Scope.user, metered=True),
