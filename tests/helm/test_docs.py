@@ -22,10 +22,14 @@ PAGES = [
 ]
 
 
+def _blocks(language: str) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", INSTALL, re.MULTILINE | re.DOTALL)
+    return [text for name, text in found if name == language]
+
+
 def _commands() -> list[list[str]]:
     """Every command of the page, with continued lines joined."""
-    blocks = re.findall(r"^```\n(.*?)^```", INSTALL, re.MULTILINE | re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    lines = [line for block in _blocks("") for line in block.replace("\\\n", " ").splitlines() if line.strip()]
     return [shlex.split(line) for line in lines]
 
 
@@ -126,6 +130,12 @@ def test_values_that_pages_name_exist(chart: Path) -> None:
 
 
 def test_the_shell_can_read_the_page() -> None:
-    blocks = re.findall(r"^```\n(.*?)^```", INSTALL, re.MULTILINE | re.DOTALL)
-    for block in blocks:
+    for block in _blocks(""):
         subprocess.run(["bash", "-n"], input=block, text=True, check=True, timeout=10)
+
+
+def test_values_on_the_page_render(chart: Path, helm4: charts.Helm4) -> None:
+    blocks = _blocks("yaml")
+    assert blocks
+    for block in blocks:
+        assert helm4.template(chart, yaml.safe_load(block))
