@@ -1,7 +1,9 @@
 """Render the chart with real Helms: 4 by its Go library, 3 by its command line."""
 
+import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -39,11 +41,7 @@ class Helm4:
 
     def template(self, chart: Path, values: Values, release: str = RELEASE) -> list[Object]:
         """As Helm."""
-        try:
-            files = helm_python.Chart.load(chart).render(values, name=release, namespace=NAMESPACE)
-        except helm_python.HelmError as error:
-            raise RefusedError(str(error)) from error
-        return [document for name, text in sorted(files.items()) if not name.endswith("NOTES.txt") for document in _objects(text)]
+        return _copies(_rendered4(chart, json.dumps(values), release))
 
     def notes(self, chart: Path, values: Values) -> str:
         """NOTES.txt as a user reads it."""
@@ -67,11 +65,8 @@ class Helm3:
 
     def template(self, chart: Path, values: Values, release: str = RELEASE) -> list[Object]:
         """As Helm."""
-        return list(
-            _objects(
-                self.run("template", release, str(chart), "-n", NAMESPACE, "--kube-version", KUBERNETES, "-f", "-", values=values)
-            )
-        )
+        words = ("template", release, str(chart), "-n", NAMESPACE, "--kube-version", KUBERNETES, "-f", "-")
+        return _copies(tuple(_objects(self.run(*words, values=values))))
 
     def run(self, *arguments: str, values: Values | None = None) -> str:
         """The output of a command; `values` go to its standard input."""
@@ -82,10 +77,32 @@ class Helm3:
         return done.stdout
 
 
-def _objects(text: str) -> Iterator[Object]:
-    for document in yaml.load_all(text, yaml.CSafeLoader):
-        if document is not None:
-            yield document
+@functools.cache
+def _rendered4(chart: Path, values: str, release: str) -> tuple[str, ...]:
+    """Objects as JSON, rendered once in a session: the same values are looked at from many sides."""
+    try:
+        files = helm_python.Chart.load(chart).render(json.loads(values), name=release, namespace=NAMESPACE)
+    except helm_python.HelmError as error:
+        raise RefusedError(str(error)) from error
+    return tuple(made for name, text in sorted(files.items()) if not name.endswith("NOTES.txt") for made in _objects(text))
+
+
+def _copies(objects: tuple[str, ...]) -> list[Object]:
+    """Fresh ones: a test may change what it was given."""
+    return [json.loads(made) for made in objects]
+
+
+def _objects(text: str) -> Iterator[str]:
+    for document in re.split(r"^---\n", text, flags=re.MULTILINE):
+        made = _as_json(document)
+        if made != "null":
+            yield made
+
+
+@functools.cache
+def _as_json(document: str) -> str:
+    """Most documents are the same in many renders, and JSON is read ten times as fast as YAML."""
+    return json.dumps(yaml.load(document, yaml.CSafeLoader))
 
 
 def working_copy(directory: Path) -> Path:
