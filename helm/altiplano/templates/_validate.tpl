@@ -206,14 +206,31 @@ What a schema cannot say: rules between values, and the rules that only KubeRay'
 {{- if and (or $v.rayCluster.enabled $v.endpoint.enabled) (not (.Capabilities.APIVersions.Has "ray.io/v1/RayCluster")) -}}
 {{- $wrong = append $wrong "preflight: this cluster does not know ray.io/v1 RayCluster: install KubeRay first, or set kuberay-operator.enabled to true" -}}
 {{- end -}}
-{{- if not (lookup "v1" "Secret" .Release.Namespace $v.secrets.name) -}}
+{{- $missing := fromJsonArray (include "altiplano.secretKeys" .) -}}
+{{- $secret := lookup "v1" "Secret" .Release.Namespace $v.secrets.name -}}
+{{- if and $missing (not $secret) -}}
 {{- $wrong = append $wrong (printf "preflight: no Secret %q in namespace %s: docs/install.md has the command that makes it" $v.secrets.name .Release.Namespace) -}}
+{{- else if $secret -}}
+{{- range $key, $_ := $secret.data -}}{{- $missing = without $missing $key -}}{{- end -}}
+{{- if $missing -}}
+{{- $wrong = append $wrong (printf "preflight: the Secret %q has no %s: pods would not start; docs/install.md has the command that makes it" $v.secrets.name (join ", " $missing)) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 
 {{- if $wrong -}}
 {{- fail (printf "\n\nThese values cannot work:\n  - %s\n" (join "\n  - " $wrong)) -}}
 {{- end -}}
+{{- end -}}
+
+{{/* A JSON list of the keys that pods and monitors of this release read from the Secret. */}}
+{{- define "altiplano.secretKeys" -}}
+{{- $keys := list -}}
+{{- if .Values.endpoint.enabled -}}{{- $keys = append $keys "api-keys.json" -}}{{- end -}}
+{{- if and .Values.endpoint.enabled .Values.monitoring.podMonitor.enabled -}}{{- $keys = append $keys "metrics-api-key" -}}{{- end -}}
+{{- if .Values.mlflow.enabled -}}{{- $keys = concat $keys (list "mlflow-admin-password" "mlflow-flask-secret-key" "postgres-password") -}}{{- end -}}
+{{- if include "altiplano.needsRedis" . -}}{{- $keys = append $keys "redis-password" -}}{{- end -}}
+{{- $keys | toJson -}}
 {{- end -}}
 
 {{/* {key, resources}: a JSON list of what is wrong with a Ray container's resources. */}}
