@@ -62,7 +62,7 @@ def test_serves_processes_find_the_generated_environment(case: tuple[dict[str, A
 
 def test_every_setting_of_the_endpoint_can_be_given(chart: Path) -> None:
     """A field that the pipeline file gains has to be named here: passed by the chart, or decided by the place."""
-    decided = {"enabled", "host", "port", "engine"}
+    decided = {"enabled", "host", "port", "engine", "remote"}
     schema = json.loads((chart / "values.schema.json").read_text())["properties"]["endpoint"]["properties"]
     engine = schema["engine"]["properties"].keys()
     passed = {

@@ -5,7 +5,7 @@ import sys
 import typer
 
 from altiplano import __version__
-from altiplano.cli import ab, batch, bench, chat, cluster, files, generate, jobs, keys, models, rollout, runs, servers
+from altiplano.cli import ab, batch, bench, chat, cluster, deploy, files, generate, jobs, keys, models, rollout, runs, servers
 from altiplano.cli.console import problem
 
 app = typer.Typer(
@@ -24,7 +24,7 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
         raise typer.Exit
 
 
-for group in (runs, files, models, chat, generate, batch, bench, keys, rollout, ab, servers, cluster, jobs):
+for group in (runs, files, models, chat, generate, batch, bench, keys, rollout, ab, servers, cluster, jobs, deploy):
     group.register(app)
 
 

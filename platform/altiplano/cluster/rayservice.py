@@ -10,7 +10,7 @@ from altiplano.cluster.kube import Object
 # Decided by where the endpoint runs and not by what it serves.
 _PLACE = ("proxy_location", "http_options", "grpc_options", "logging_config")
 _PLACE_OF_DEPLOYMENT = ("ray_actor_options", "max_replicas_per_node", "placement_group_bundles", "placement_group_strategy")
-_PLACE_OF_ARGS = ("api_keys_file", "usd_per_hour", "otlp_endpoint")
+_PLACE_OF_ARGS = ("api_keys_file", "usd_per_hour", "otlp_endpoint", "metrics_port")
 
 
 class RenderError(ValueError):
@@ -42,6 +42,28 @@ def with_model(service: Object, wanted: dict[str, Any]) -> Object:
     }
     config = {key: current[key] for key in _PLACE if key in current} | {"applications": [made]}
     return _with_config(service, config)
+
+
+def with_user_config(service: Object, user_config: dict[str, Any]) -> Object:
+    """`service` with other adapters and aliases, which its replicas take while they run.
+
+    Raises:
+        RenderError: `service` is not one of ours.
+    """
+    config = serve_config(service)
+    _, deployment = _application(config)
+    deployment["user_config"] = user_config
+    return _with_config(service, config)
+
+
+def user_config(service: Object) -> dict[str, Any]:
+    """Adapters and aliases of a RayService.
+
+    Raises:
+        RenderError: `service` is not one of ours.
+    """
+    _, deployment = _application(serve_config(service))
+    return {"adapters": {}, "aliases": {}} | (deployment.get("user_config") or {})
 
 
 def patch_of(service: Object) -> Object:

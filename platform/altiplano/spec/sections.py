@@ -245,6 +245,18 @@ class ServeAutoscaling(Section):
         return self
 
 
+class ServeRemote(Section):
+    """An endpoint of another cluster, such as the chart's. It gets adapter and alias in place; everything else of it stays as it is."""
+
+    dashboard_url: str = Field(description="Ray's dashboard there.")
+    token_file: str | None = Field(
+        None, description="File with Ray's token of that cluster. null: the variable ALTIPLANO_SERVE_RAY_TOKEN."
+    )
+    url: str = Field(
+        description="The endpoint's address, such as http://altiplano-endpoint-serve-svc:8000/v1. Key: ALTIPLANO_API_KEY."
+    )
+
+
 class Serve(Section):
     """The endpoint, under vLLM's names."""
 
@@ -286,6 +298,7 @@ class Serve(Section):
         description="session: requests with the same x-session-id go to the same replica, whose cache holds their prefix.",
     )
     autoscaling: ServeAutoscaling = ServeAutoscaling()
+    remote: ServeRemote | None = Field(None, description="null: the cluster in which the pipeline runs.")
     graceful_shutdown_timeout_s: float = Field(
         600.0, gt=0, description="How long a replica that leaves may finish its answers: as long as the longest stream."
     )

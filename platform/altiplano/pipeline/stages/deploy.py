@@ -16,7 +16,7 @@ from altiplano.models.manifest import verify_manifest
 from altiplano.pipeline.context import Context, Stage
 from altiplano.pipeline.ledger import Outputs, Record
 from altiplano.pipeline.services import Services
-from altiplano.pipeline.serving import serve_control
+from altiplano.pipeline.serving import hand_over, remote_control, remote_headers, serve_control
 from altiplano.registry import ModelRegistry
 from altiplano.serve import ServeSettings, deploy
 from altiplano.serve.keys import KeyFile
@@ -46,13 +46,18 @@ def _run(context: Context) -> Outputs:
     if champion is None:
         return {"url": None, "reason": "the registry has no champion, so nothing is deployed"}
     adapter = registry.download(name, champion.version, context.workspace.stage_dir("deploy") / f"{name}-{champion.version}")
-    context.progress("deploy", f"{name} version {champion.version} on {pipeline.serve.host}:{pipeline.serve.port}")
     digest = context.outputs("data")["template_digest"]
-    control = serve_control(context.services, context.workspace.root)
-    if control.listening() != (pipeline.serve.host, pipeline.serve.port):
-        require_free(pipeline.serve.host, pipeline.serve.port, "serve.port")
-    deploy(_settings(pipeline, f"{name}-{champion.version}", str(adapter), digest), pipeline.serve, control)
-    url = f"http://{pipeline.serve.host}:{pipeline.serve.port}/v1"
+    url = _url(pipeline.serve)
+    context.progress("deploy", f"{name} version {champion.version} on {url}")
+    served = f"{name}-{champion.version}"
+    if pipeline.serve.remote is not None:
+        control = remote_control(pipeline.serve.remote)
+        hand_over(control, pipeline.model.model_name_or_path, served, str(adapter), CHAMPION)
+    else:
+        control = serve_control(context.services, context.workspace.root)
+        if control.listening() != (pipeline.serve.host, pipeline.serve.port):
+            require_free(pipeline.serve.host, pipeline.serve.port, "serve.port")
+        deploy(_settings(pipeline, served, str(adapter), digest), pipeline.serve, control)
     question, answer = _ask(url, context)
     context.tracked.set_tags({"altiplano.endpoint": url, "altiplano.version": str(champion.version)})
     return {
@@ -67,7 +72,9 @@ def _run(context: Context) -> Outputs:
 
 
 def redeploy(pipeline: spec.Pipeline, record: Record, services: Services, root: Path) -> None:
-    """Deploy again what an earlier run deployed, without the registry."""
+    """Deploy again what an earlier run deployed here, without the registry. The endpoint of another cluster is not ours to start."""
+    if pipeline.serve.remote is not None:
+        return
     outputs = record.outputs
     verify_manifest(Path(outputs["adapter_path"]))
     served = Path(outputs["adapter_path"]).name
@@ -78,9 +85,18 @@ def redeploy(pipeline: spec.Pipeline, record: Record, services: Services, root: 
     )
 
 
+def _url(serve: spec.Serve) -> str:
+    return serve.remote.url.rstrip("/") if serve.remote else f"http://{serve.host}:{serve.port}/v1"
+
+
 def _settings(pipeline: spec.Pipeline, served: str, adapter: str, template_digest: str) -> ServeSettings:
+    return serve_settings(pipeline, str(resolve_model_path(pipeline.model)), served, adapter, template_digest)
+
+
+def serve_settings(pipeline: spec.Pipeline, model: str, served: str, adapter: str, template_digest: str | None) -> ServeSettings:
+    """What the pipeline file says about the endpoint. `model`: a directory, or a name that the replicas can resolve."""
     return ServeSettings(
-        model_path=str(resolve_model_path(pipeline.model)),
+        model_path=model,
         served_model_name=pipeline.model.model_name_or_path,
         adapters={served: adapter},
         aliases={CHAMPION: served},
@@ -126,6 +142,9 @@ def _post(url: str, route: str, body: dict[str, Any], context: Context) -> tuple
 @contextmanager
 def _key(context: Context) -> Iterator[dict[str, str]]:
     """Headers that open the endpoint for as long as it is checked."""
+    if context.pipeline.serve.remote is not None:
+        yield remote_headers()
+        return
     file = context.pipeline.serve.api_keys_file
     if file is None:
         yield {}
