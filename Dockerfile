@@ -3,7 +3,7 @@
 #   docker build --target cpu -t altiplano:0.1.0 .
 #   docker build --target gpu -t altiplano:0.1.0 .
 # A release build pins BASE by digest: --build-arg BASE=docker.io/library/python@sha256:...
-ARG BASE=docker.io/library/python:3.11-slim-bookworm
+ARG BASE=docker.io/library/python:3.11.14-slim-bookworm
 
 FROM ${BASE} AS tools
 ARG UV_VERSION=0.13.8

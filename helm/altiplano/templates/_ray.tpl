@@ -25,6 +25,8 @@
   value: /tmp/cache
 - name: TRITON_CACHE_DIR
   value: /tmp/cache/triton
+- name: CUDA_CACHE_PATH
+  value: /tmp/cache/cuda
 {{- if include "altiplano.mlflowUri" $root }}
 - name: MLFLOW_TRACKING_URI
   value: {{ include "altiplano.mlflowUri" $root }}

@@ -11,7 +11,7 @@ from referencing import Registry, Resource
 
 from .charts import Object
 
-VERSIONS = ("1.31", "1.34", "1.37")
+VERSIONS = ("1.31", "1.32", "1.33", "1.34", "1.35", "1.36", "1.37")
 
 
 def problems(manifest: Object, version: str) -> list[str]:
