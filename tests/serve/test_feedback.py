@@ -1,5 +1,6 @@
 """A test on a real endpoint: arms in headers, metrics and sums, feedback by the id of an answer."""
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 from altiplano.serve.adapters import name_of
 from altiplano.serve.arms import Arms
 from altiplano.serve.errors import ApiError
-from altiplano.serve.feedback import Scores, answer_id, arm_of
+from altiplano.serve.experiment import Experiment
+from altiplano.serve.feedback import FeedbackRequest, Scores, answer_id, arm_of, counts_at
 
 from .conftest import Server, make_adapter, settings
 
@@ -183,6 +185,8 @@ def test_ids_carry_any_arm_and_scores_are_bounded() -> None:
         arm_of(None, answer_id("cmpl", arms, "champion"))
     with pytest.raises(ApiError):
         arm_of(arms, answer_id("cmpl", None, None))
+    with pytest.raises(ApiError):
+        arm_of(arms, answer_id("cmpl", None, None, "0123456789ab"))
     scores = Scores(size=2)
     assert [scores.replace(name, value) for name, value in (("a", 1), ("a", 0), ("b", 1), ("c", 1), ("a", 1))] == [
         None,
@@ -191,3 +195,25 @@ def test_ids_carry_any_arm_and_scores_are_bounded() -> None:
         None,
         None,
     ]
+
+
+def test_an_answer_is_rated_once_whichever_replicas_hear_of_it() -> None:
+    replicas = {made.name: made for made in (Experiment() for _ in range(3))}
+    for replica in replicas.values():
+        replica.configure({"arms": ARMS})
+
+        async def spread(answer: str, score: float) -> None:
+            replicas[counts_at(answer, replicas)].count(answer, score)
+
+        replica.spread = spread
+    names = list(replicas)
+    arms = Arms.of(ARMS)
+    answer = answer_id("cmpl", arms, "champion", names[1])
+    gone = answer_id("cmpl", arms, "champion", "0123456789ab")
+    for score, name in zip((-1.0, 0.5, 1.0), names, strict=True):
+        for rated in (answer, gone):
+            asyncio.run(replicas[name].rate(FeedbackRequest(id=rated, score=score)))
+    sums = [made.snapshot()["arms"].get("champion", {}).get("feedback", {}) for made in replicas.values()]
+    assert sum(found.get("count", 0) for found in sums) == 2 and sum(found.get("total", 0) for found in sums) == 2.0
+    assert sums[1]["count"] >= 1, "the replica that gave the answer counts its ratings"
+    assert len({counts_at(answer_id("cmpl", arms, "champion", "0123456789ab"), names) for _ in range(64)}) == 3

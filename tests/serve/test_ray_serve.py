@@ -19,7 +19,7 @@ from altiplano.models.cria import cria_path
 from altiplano.models.manifest import ManifestError
 from altiplano.serve import ServeControl, deploy
 from altiplano.serve.application import build, parse, serve_config
-from altiplano.serve.control import ControlError, DeployError
+from altiplano.serve.control import ControlError, DeployError, RefusedConfigError
 from altiplano.serve.metrics_server import MOST_REPLICAS_OF_A_NODE
 from altiplano.serve.proxy import proxy_of
 
@@ -135,7 +135,12 @@ def test_deploy_change_and_undeploy(
         assert (replica_pids(control), engine_pids(control)) == before, "nothing was restarted"
 
         # What does not fit is not taken, and costs nobody a replica.
-        control.set_user_config({"adapters": {**first.adapters, "gone": str(tmp_path / "gone")}, "aliases": {"champion": "gone"}})
+        taken = control.get_user_config()
+        with pytest.raises(RefusedConfigError, match="gone has no manifest"):
+            control.set_user_config(
+                {"adapters": {**first.adapters, "gone": str(tmp_path / "gone")}, "aliases": {"champion": "gone"}}
+            )
+        assert control.get_user_config() == taken, "replicas started later start with what runs"
         assert [model.id for model in client.models.list()] == ["cria", "orders-1", "champion", "second"]
         assert (replica_pids(control), engine_pids(control)) == before
 

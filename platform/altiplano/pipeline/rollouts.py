@@ -67,7 +67,7 @@ class Site:
 
     @property
     def control(self) -> ServeControl:
-        return ServeControl(self.dashboard_url, self.ray_token)
+        return ServeControl(self.dashboard_url, self.ray_token, self.url)
 
     @property
     def registry(self) -> ModelRegistry:

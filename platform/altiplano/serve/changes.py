@@ -1,7 +1,7 @@
 """What replicas made of a change of `user_config`, for who made it.
 
 A replica that refuses a change goes on with what it has: Ray Serve would replace it, and the next one could not start at all. So Serve
-reports the change as live either way, and the replicas are asked themselves. `change` in the user_config is a random name: who knows it
+reports the change as live either way, and the replicas are asked themselves. Who makes a change gives it a random name; who knows the name
 may ask what became of it, without a key.
 """
 
@@ -15,7 +15,6 @@ from fastapi.responses import JSONResponse
 from altiplano.serve.errors import ApiError
 from altiplano.serve.openapi import answers
 
-CHANGE = "change"  # the key in user_config
 REMEMBERED = 16
 
 

@@ -4,19 +4,24 @@ The declarative way: a change of `user_config` alone reaches the running replica
 `serve.run` from Python does not promise.
 """
 
+import copy
+import secrets
 import time
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
 APPLICATION = "altiplano"
 DEPLOYMENT = "endpoint"
+CHANGE = "change"  # key of a user_config: a random name, by which replicas can be asked what they made of it
 
 PATH = "/api/serve/applications/"
 POLL_S = 0.1
 ANSWER_TIMEOUT_S = 120.0
 USER_CONFIG_TIMEOUT_S = 120.0
+REPLICA_TIMEOUT_S = 10.0
 START_ATTEMPTS = 5
 
 # Keys of what Serve tells that it also takes.
@@ -33,11 +38,19 @@ class DeployError(ControlError):
     """The endpoint cannot be deployed as asked."""
 
 
-class ServeControl:
-    """One Ray cluster's Serve. `token` is Ray's own token; None where the cluster asks for none."""
+class RefusedConfigError(DeployError):
+    """Replicas do not take a `user_config`; the message is theirs. What was before is in force."""
 
-    def __init__(self, dashboard_url: str, token: str | None) -> None:
+
+class ServeControl:
+    """One Ray cluster's Serve. `token` is Ray's own token; None where the cluster asks for none.
+
+    `endpoint_url` is where the endpoint answers; None: on the dashboard's host, at the port that Serve names.
+    """
+
+    def __init__(self, dashboard_url: str, token: str | None, endpoint_url: str | None = None) -> None:
         self._url = dashboard_url.rstrip("/") + PATH
+        self._endpoint_url = None if endpoint_url is None else endpoint_url.rstrip("/").removesuffix("/v1")
         self._headers = {"authorization": f"Bearer {token}"} if token else {}
 
     def status(self) -> dict[str, Any]:
@@ -56,18 +69,20 @@ class ServeControl:
             ControlError: there is no endpoint.
         """
         config: dict[str, Any] = _deployment(_application(self.status())["deployed_app_config"])["user_config"]
-        return config
+        return {key: value for key, value in config.items() if key != CHANGE}
 
     def set_user_config(self, user_config: dict[str, Any], timeout_s: float = USER_CONFIG_TIMEOUT_S) -> None:
-        """Replace the endpoint's `user_config`; returns when it is live on all replicas. No replica restarts.
+        """Replace the endpoint's `user_config`; returns when all replicas have taken it. No replica restarts.
 
         Raises:
+            RefusedConfigError: a replica does not take it; the one before is back.
             ControlError: there is no endpoint, or it does not take this within `timeout_s`.
         """
         status = self.status()
-        _deployment(_application(status)["deployed_app_config"])["user_config"] = user_config
-        self._request("PUT", _config_of(status))
-        self.wait(timeout_s)
+        deployment = _deployment(_application(status)["deployed_app_config"])
+        before = copy.deepcopy(_config_of(status))
+        deployment["user_config"] = user_config
+        self._change(_config_of(status), before, timeout_s)
 
     def listening(self, status: dict[str, Any] | None = None) -> tuple[str, int] | None:
         """Host and port on which Serve listens; None while it does not run."""
@@ -82,12 +97,13 @@ class ServeControl:
         Returns when it runs.
 
         Raises:
+            RefusedConfigError: running replicas do not take a part that changes without a restart; what ran before is back.
             DeployError: Serve refuses the config, or the endpoint does not come up.
         """
-        status = self.status()
-        others = [app for app in _config_of(status)["applications"] if app["name"] != APPLICATION]
-        self._put(config | {"applications": [*config["applications"], *others]})
-        self.wait(timeout_s)
+        before = _config_of(self.status())
+        others = [app for app in before["applications"] if app["name"] != APPLICATION]
+        wanted = copy.deepcopy(config) | {"applications": [*copy.deepcopy(config["applications"]), *others]}
+        self._change(wanted, before if len(others) < len(before["applications"]) else None, timeout_s)
 
     def undeploy(self) -> None:
         """Take the endpoint down, and Serve with it when it serves nothing else. Returns when it is gone."""
@@ -112,6 +128,62 @@ class ServeControl:
         application = last["applications"].get(APPLICATION)
         if application is None or application["status"] != "RUNNING":
             raise DeployError(f"the endpoint did not come up: {_why(application)}")
+
+    def _change(self, config: dict[str, Any], before: dict[str, Any] | None, timeout_s: float) -> None:
+        """Put a Serve config and wait until every replica runs it; put the one `before` back when one refuses it."""
+        deadline = time.monotonic() + timeout_s
+        change = _name_change(config)
+        self._put(config)
+        self.wait(timeout_s)
+        refusal = self._refusal(change, deadline)
+        if refusal is None:
+            return
+        if before is not None:
+            _name_change(before)
+            self._put(before)
+            self.wait(ANSWER_TIMEOUT_S)
+        raise RefusedConfigError(f"the endpoint does not take this, and stays as it was: {refusal}")
+
+    def _refusal(self, change: str, deadline: float) -> str | None:
+        """Why a replica refuses a change; None when all have taken it.
+
+        Raises:
+            DeployError: not all have told by the deadline.
+        """
+        while True:
+            status = self.status()
+            running = _running(status)
+            if not running:
+                return None  # scaled to zero: nobody is there who could refuse
+            told = self._told(status, change)
+            for replica in told:
+                if replica["taken"] is False:
+                    return str(replica["reason"])
+            if len(told) >= running and all(replica["taken"] for replica in told):
+                return None
+            if time.monotonic() > deadline:
+                taken = sum(replica["taken"] is True for replica in told)
+                raise DeployError(
+                    f"the change was given to Ray Serve, and {taken} of {running} replicas told {self._address(status)} in time "
+                    "that they have taken it: see their logs, and repeat it"
+                )
+            time.sleep(POLL_S)
+
+    def _told(self, status: dict[str, Any], change: str) -> list[dict[str, Any]]:
+        """What replicas tell about a change; nothing while the one that is asked does not know it."""
+        try:
+            response = httpx.get(f"{self._address(status)}/v1/changes/{change}", timeout=REPLICA_TIMEOUT_S)
+            return list(response.json()["replicas"]) if response.status_code == 200 else []
+        except (httpx.HTTPError, ValueError, KeyError):
+            return []
+
+    def _address(self, status: dict[str, Any]) -> str:
+        if self._endpoint_url is not None:
+            return self._endpoint_url
+        host, port = self.listening(status) or ("0.0.0.0", 0)
+        if host in ("0.0.0.0", "::"):
+            host = urlsplit(self._url).hostname or host
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     def _until(self, reached: Callable[[dict[str, Any]], bool], timeout_s: float) -> dict[str, Any]:
         """The first status that `reached` accepts, or the last one before time is up."""
@@ -157,6 +229,22 @@ def _application(status: dict[str, Any]) -> dict[str, Any]:
 def _deployment(application_config: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = next(entry for entry in application_config["deployments"] if entry["name"] == DEPLOYMENT)
     return found
+
+
+def _name_change(config: dict[str, Any]) -> str:
+    """Give the endpoint's part of a Serve config a change of its own, by whose name replicas can be asked."""
+    application = next(entry for entry in config["applications"] if entry["name"] == APPLICATION)
+    deployment = _deployment(application)
+    change = secrets.token_hex(16)
+    deployment["user_config"] = dict(deployment.get("user_config") or {}) | {CHANGE: change}
+    return change
+
+
+def _running(status: dict[str, Any]) -> int:
+    """How many replicas of the endpoint run."""
+    return sum(
+        replica["state"] == "RUNNING" for replica in status["applications"][APPLICATION]["deployments"][DEPLOYMENT]["replicas"]
+    )
 
 
 def _config_of(status: dict[str, Any]) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from altiplano import spec
 from altiplano.data.templates import ChatTemplate
 from altiplano.serve.app import create_app
 from altiplano.serve.autoscaling import load_of
-from altiplano.serve.changes import CHANGE
-from altiplano.serve.control import DEPLOYMENT, DeployError
+from altiplano.serve.control import CHANGE, DEPLOYMENT, DeployError
 from altiplano.serve.engine_client import EngineDiedError
 from altiplano.serve.errors import ApiError
+from altiplano.serve.feedback import counts_at
 from altiplano.serve.generation import Generator
 from altiplano.serve.governance import Governance
 from altiplano.serve.logs import write_json_lines
@@ -93,6 +93,7 @@ class Endpoint:
         await _show_metrics(_Process.governance, wanted.metrics_port)
         _Process.generator = await make_generator(ServeSettings(**settings))
         _Process.generator.experiment.gather = _snapshots
+        _Process.generator.experiment.spread = _rate
         _Process.generator.changes.gather = _changes
         self._patience_s = wanted.health_check_timeout_s
         self._first_token = RecentPercentile(TTFT_SHARE, TTFT_WINDOW_S)
@@ -113,6 +114,13 @@ class Endpoint:
             logger.error("this user_config is not taken, the one before stays: %s", refusal)
         generator.changes.note(change, refusal)
         self._configured = True
+
+    async def rate(self, answer: str, score: float, at: str | None) -> dict[str, Any]:
+        """Count a rating, if this replica is the one `at` which it is counted; says who this is."""
+        experiment = current().experiment
+        if at == experiment.name:
+            experiment.count(answer, score)
+        return {"replica": experiment.name}
 
     async def told_of_change(self, change: str) -> dict[str, Any]:
         """What this replica made of a change, for the replica that was asked about all."""
@@ -154,6 +162,16 @@ async def _show_metrics(governance: Governance, base_port: int) -> None:
 
 async def _snapshots() -> list[dict[str, Any]]:
     return await _all_replicas("ab_snapshot")
+
+
+async def _rate(answer: str, score: float) -> None:
+    own = current().experiment
+    present = {told["replica"] for told in await _all_replicas("rate", answer, score, None)} | {own.name}
+    chosen = counts_at(answer, present)
+    if chosen == own.name:
+        own.count(answer, score)
+    else:
+        await _all_replicas("rate", answer, score, chosen)
 
 
 async def _changes(change: str) -> list[dict[str, Any]]:

@@ -40,6 +40,8 @@ class Experiment:
         self.shadow: Shadow | None = None
         # Asks all replicas for their snapshots; where there is one process only, nobody needs to.
         self.gather: Callable[[], Awaitable[list[dict[str, Any]]]] | None = None
+        # Brings a rating (answer, score) to the replica that counts it.
+        self.spread: Callable[[str, float], Awaitable[None]] | None = None
         self._clock = clock
         self._recorder = Recorder(clock, LATE_AFTER_S)
         self._scores = Scores()
@@ -87,7 +89,7 @@ class Experiment:
     def answer_id(self, kind: str) -> str:
         """An id for the answer of the current call."""
         call = current_call()
-        return answer_id(kind, self.arms, call.arm if call is not None and self._tests(call) else None)
+        return answer_id(kind, self.arms, call.arm if call is not None and self._tests(call) else None, self.name)
 
     async def whole(self, answer: Awaitable[T], *, refusable: bool) -> T:
         """Await an answer and note what became of it. `refusable`: the engine may find fault with what the client sent."""
@@ -112,14 +114,25 @@ class Experiment:
             raise
         self._end(call, trial, None, refusable)
 
-    def rate(self, request: FeedbackRequest) -> None:
-        """Count what a user thinks of an answer.
+    async def rate(self, request: FeedbackRequest) -> None:
+        """Count what a user thinks of an answer, where ratings of this answer are counted.
 
         Raises:
             ApiError: 404, the running test has no such answer.
         """
-        arm = arm_of(self.arms, request.id)
-        self._recorder.rated(arm, request.value, self._scores.replace(request.id, request.value))
+        arm_of(self.arms, request.id)
+        if self.spread is None:
+            self.count(request.id, request.value)
+        else:
+            await self.spread(request.id, request.value)
+
+    def count(self, answer: str, score: float) -> None:
+        """Count a rating here.
+
+        Raises:
+            ApiError: 404, the running test has no such answer.
+        """
+        self._recorder.rated(arm_of(self.arms, answer), score, self._scores.replace(answer, score))
 
     def snapshot(self) -> dict[str, Any]:
         """This replica's sums, JSON-ready: {"replica", "test", "weights": {arm: share}, "arms": {arm: ArmOutcomes}, "shadow"}."""

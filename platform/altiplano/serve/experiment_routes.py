@@ -20,7 +20,7 @@ def add_experiment(app: FastAPI, find: Callable[[], Experiment]) -> None:
     async def feedback(request: Request) -> Response:
         """Rate an answer by its id. Rating it again replaces the rating."""
         body = await read_body(request, FeedbackRequest)
-        find().rate(body)
+        await find().rate(body)
         return JSONResponse(accepted(body))
 
     @app.get("/v1/ab", responses=answers("object", "test", "weights", "arms", "replicas"))

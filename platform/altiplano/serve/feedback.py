@@ -2,12 +2,17 @@
 
 An answer of a test has the id "<kind>-<32 hex>-<arm>-<signature>". Any replica can read the arm from it, whoever gave the answer, and
 the signature under the test's salt keeps others from inventing ids. Ids of an earlier test do not count for the running one.
+
+The hex begins with the name of the replica that gave the answer. Ratings of it are counted there, whichever replica they reach, so that
+rating it again replaces the rating; when that replica is gone, one that the id chooses among those that are left stands in for it.
 """
 
+import hashlib
 import hmac
 import re
 import uuid
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -44,9 +49,9 @@ class FeedbackRequest(BaseModel):
         return THUMBS[self.rating] if isinstance(self.rating, str) else ((self.rating or 3) - 3) / 2
 
 
-def answer_id(kind: str, arms: Arms | None, arm: str | None) -> str:
-    """An id for an answer of `arm`; without a test, as OpenAI makes them."""
-    name = uuid.uuid4().hex
+def answer_id(kind: str, arms: Arms | None, arm: str | None, replica: str = "") -> str:
+    """An id for an answer of `arm` by `replica` (hex); without a test, as OpenAI makes them."""
+    name = (replica + uuid.uuid4().hex)[:32]
     if arms is None or arm is None:
         return f"{kind}-{name}"
     return f"{kind}-{name}-{arm}-{_signature(arms, name, arm)}"
@@ -69,6 +74,14 @@ def arm_of(arms: Arms | None, answer: str) -> str:
         param="id",
         code="unknown_answer",
     )
+
+
+def counts_at(answer: str, replicas: Iterable[str]) -> str:
+    """The one of `replicas` (names in hex, at least one) that counts the ratings of an answer."""
+    found = ANSWER_ID.fullmatch(answer)
+    present = sorted(replicas)
+    own = next((replica for replica in present if found is not None and found[1].startswith(replica)), None)
+    return own or max(present, key=lambda replica: hashlib.sha256(f"{replica} {answer}".encode()).digest())
 
 
 class Scores:
