@@ -108,6 +108,19 @@ def test_the_queue_is_bounded_and_estimates_when_there_is_room() -> None:
     assert queue.size == 8
 
 
+def test_what_was_refused_does_not_make_the_endpoint_look_fast() -> None:
+    queue = Queue(running=1, waiting=1)
+    for second in (0.0, 30.0):
+        queue.enter(1, second)
+        queue.leave(1, second)
+    for moment in range(100):  # asked for too much, and got 400 at once
+        queue.enter(1, 60.0 + moment / 100)
+        queue.leave(1, 60.0 + moment / 100, computed=False)
+    queue.enter(2, 61.0)
+    with refused(429, "try again in 31 s"):  # two answers in 61 seconds
+        queue.enter(1, 61.0)
+
+
 def test_a_busy_key_does_not_keep_others_out_and_alone_uses_everything() -> None:
     queue = Queue(running=4, waiting=6)
     queue.enter(10, 0.0, "hog")

@@ -2,15 +2,16 @@
 
 import json
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from altiplano.serve.gpu_metrics import GpuCollector
@@ -85,6 +86,47 @@ def test_every_metric_of_an_answer_under_vllms_meaning(guarded: Guarded) -> None
     assert value("cost_usd_total") > 0
     route = frozenset({"route": "/v1/chat/completions", "status": "200"}.items())
     assert found[("altiplano_requests_total", route)] == 2
+
+
+def ended(guarded: Guarded, key: str) -> Callable[..., float]:
+    """What was counted for a key's answers of the base model."""
+    guarded.run(idle(guarded))
+    found, labels = scrape(guarded), {"model": "cria", "arm": "base", "key": key.split("-")[1]}
+    return lambda name, **more: found.get((f"altiplano_{name}", frozenset((labels | more).items())), 0.0)
+
+
+def test_an_answer_that_ends_at_a_stop_string_is_counted_whole(guarded: Guarded) -> None:
+    key = guarded.key("stopping")
+    with guarded.http(key) as http:
+        text = http.post("/v1/completions", json=LONG | {"max_tokens": 40}).json()["choices"][0]["text"]
+        stop = next(text[i : i + 3] for i in range(8, len(text)) if text.index(text[i : i + 3]) == i)
+        answer = http.post("/v1/completions", json=LONG | {"stop": [stop]}).json()["choices"][0]
+    assert answer["finish_reason"] == "stop"
+    value = ended(guarded, key)
+    assert value("request_success_total", finished_reason="stop") == value("request_success_total", finished_reason="length") == 1
+    assert value("request_success_total", finished_reason="abort") == 0
+    assert value("e2e_request_latency_seconds_count") == value("time_per_output_token_seconds_count") == 2
+
+
+def test_an_answer_that_nobody_waited_for_is_an_abort_and_no_latency(guarded: Guarded) -> None:
+    key = guarded.key("leaving")
+    with guarded.http(key) as http, http.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as stream:
+        next(stream.iter_lines())
+    value = ended(guarded, key)
+    assert value("request_success_total", finished_reason="abort") == value("time_to_first_token_seconds_count") == 1
+    assert value("e2e_request_latency_seconds_count") == 0 < value("generation_tokens_total")
+
+
+def test_a_prompt_that_is_only_scored_has_its_tokens_and_its_time(guarded: Guarded) -> None:
+    key = guarded.key("scoring")
+    with guarded.http(key) as http:
+        body = SHORT | {"max_tokens": 0, "echo": True, "logprobs": 1}
+        assert http.post("/v1/completions", json=body).status_code == 200
+        (row,) = http.get("/v1/usage").json()["data"]
+    value = ended(guarded, key)
+    assert row["prompt_tokens"] == value("prompt_tokens_total") == 3 and value("generation_tokens_total") == 0
+    assert value("e2e_request_latency_seconds_count") == 1 and 0 < value("e2e_request_latency_seconds_sum") < 60
+    assert value("time_to_first_token_seconds_count") == 0
 
 
 def test_the_engines_own_state(guarded: Guarded) -> None:
@@ -178,10 +220,47 @@ def test_no_traces_unless_asked_for() -> None:
     assert isinstance(make_traces(None), NoTraces)
 
 
-def test_gpu_metrics_appear_where_there_is_a_gpu() -> None:
-    collector = GpuCollector()
-    registry = CollectorRegistry()
-    registry.register(collector)
-    names = {family.name for family in registry.collect()}
-    expected = {"altiplano_gpu_memory_used_bytes", "altiplano_gpu_memory_total_bytes", "altiplano_gpu_utilization_ratio"}
-    assert names == (expected if collector._nvml is not None else set())
+class NvmlError(Exception):
+    """NVML's own error."""
+
+
+def nvml(*, driver: bool) -> Any:
+    """NVIDIA's library on a machine with two GPUs, of which the second is a MIG slice; or without a driver."""
+
+    def init() -> None:
+        if not driver:
+            raise NvmlError
+
+    def rates(gpu: int) -> Any:
+        if gpu == 1:
+            raise NvmlError
+        return SimpleNamespace(gpu=42)
+
+    return SimpleNamespace(
+        NVMLError=NvmlError,
+        nvmlInit=init,
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetMemoryInfo=lambda gpu: SimpleNamespace(used=1000 + gpu, total=4000),
+        nvmlDeviceGetUtilizationRates=rates,
+    )
+
+
+@pytest.mark.parametrize("library", [None, nvml(driver=False)], ids=["no library", "no driver"])
+def test_without_a_gpu_there_are_no_gpu_metrics(monkeypatch: pytest.MonkeyPatch, library: Any) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    assert list(GpuCollector().collect()) == []
+
+
+def test_each_gpu_shows_its_memory_and_those_that_can_their_utilisation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", nvml(driver=True))
+    found = {
+        (sample.name, sample.labels["gpu"]): sample.value for family in GpuCollector().collect() for sample in family.samples
+    }
+    assert found == {
+        ("altiplano_gpu_memory_used_bytes", "0"): 1000,
+        ("altiplano_gpu_memory_used_bytes", "1"): 1001,
+        ("altiplano_gpu_memory_total_bytes", "0"): 4000,
+        ("altiplano_gpu_memory_total_bytes", "1"): 4000,
+        ("altiplano_gpu_utilization_ratio", "0"): 0.42,
+    }

@@ -70,7 +70,7 @@ def add_api(app: FastAPI, make_generator: Callable[[], Generator]) -> None:
     async def detokenize(request: Request) -> Response:
         generator, body = make_generator(), await read_body(request, DetokenizeRequest)
         generator.check_ids(body.tokens, "tokens")
-        return JSONResponse({"prompt": generator.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+        return JSONResponse({"prompt": await generator.decode(body.tokens)})
 
     @app.get("/ready", responses=answers("status"))
     async def ready() -> Response:

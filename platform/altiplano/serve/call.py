@@ -42,6 +42,7 @@ class Call:
     cached_tokens: int = 0
     generation_tokens: int = 0
     unfinished: dict[str, Callable[[], None]] = field(default_factory=dict)  # how to abort what the engine still does for it
+    stopped: set[str] = field(default_factory=set)  # of its answers in the engine: a stop string was found, the text is complete
     finish_reasons: list[str] = field(default_factory=list)
     first_token: float | None = None
     ended: float = 0.0
@@ -58,6 +59,11 @@ class Call:
 
     def labels(self, arm: str) -> Labels:
         return Labels(self.model, arm, self.key_id)
+
+    @property
+    def computed(self) -> bool:
+        """Whether the engine has worked for it."""
+        return bool(self.weights) and self.status in (0, 200)
 
     def admit(self, model: str, prompt_tokens: int, answers: int) -> None:
         """Take a checked request for the engine: its places in the queue and its prompt's tokens.

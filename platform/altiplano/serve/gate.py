@@ -126,7 +126,7 @@ class Gate:
         call.ended = governance.clock()
         if call.quota is not None:
             call.quota.leave()
-        governance.queue.leave(call.places, call.ended, call.key_id)
+        governance.queue.leave(call.places, call.ended, call.key_id, computed=call.computed)
         if call.status == 429:
             governance.metrics.rejected.labels(call.error or "", call.key_id).inc()
         if call.gone is not None or not call.status:

@@ -137,6 +137,10 @@ class Generator:
             )
         return self._ids(text) if len(text) < LONG_TEXT else await asyncio.to_thread(self._ids, text)
 
+    async def decode(self, ids: list[int]) -> str:
+        """The text of token ids, special tokens by their names."""
+        return await asyncio.to_thread(self.tokenizer.decode, ids, skip_special_tokens=False)
+
     def _ids(self, text: str) -> list[int]:
         parts = text.split(GUARD)
         return [token_id for part in parts for token_id in self.tokenizer.encode(part, add_special_tokens=False).ids]
@@ -271,6 +275,9 @@ class Generator:
                 fresh += text.finish() if reason is not None else ""
                 out.put_nowait(Piece(index, fresh, [] if ends else [token], reason, token))
                 if reason is not None:
+                    call = current_call()
+                    if call is not None and text.stopped:
+                        call.stopped.add(name)
                     return
         except Exception as error:
             out.put_nowait(error)

@@ -152,11 +152,12 @@ class Queue:
         self.size += more
         self._held[key_id] += more
 
-    def leave(self, answers: int, now: float, key_id: str = ANONYMOUS) -> None:
-        """Give places back."""
+    def leave(self, answers: int, now: float, key_id: str = ANONYMOUS, *, computed: bool = True) -> None:
+        """Give places back. What was refused before the engine saw it says nothing about how fast answers end."""
         self.size -= answers
         self._held[key_id] -= answers
-        self._ends.extend([now] * answers)
+        if computed:
+            self._ends.extend([now] * answers)
 
     def retry_after(self, answers: int, now: float) -> float:
         """Seconds until `answers` places are likely free: 1 when nothing is known."""

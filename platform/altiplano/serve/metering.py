@@ -1,5 +1,6 @@
 """What passes between front end and engine, counted: tokens against quotas, latencies, prefix hits, cost."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -34,8 +35,13 @@ class MeteredEngineClient(EngineClient):
                         answer.waited(self._waits.pop(request_id))
                     answer.saw(token)
                     yield token
+        except (GeneratorExit, asyncio.CancelledError):
+            # A stop string was found, or the client is gone.
+            answer.left("stop" if request_id in call.stopped else "abort")
+            raise
         finally:
             call.unfinished.pop(request_id, None)
+            call.stopped.discard(request_id)
             answer.end()
 
 
@@ -52,17 +58,22 @@ class Answer:
         self._tokens = call.quota.tokens if call.quota else None
         self._prompt, self._count, self._told = prompt_tokens, 0, 0
         self._reason: str | None = None
-        self._first = self._last = 0.0
+        self._began = False
+        self._first = self._last = 0.0  # news, or tokens where there are any
 
     def saw(self, token: m.Token) -> None:
         """News from the engine."""
         now = self._clock()
         if token.finish_reason is not None:
             self._reason = token.finish_reason
+        if not self._began and token.finish_reason != "abort":
+            self._began = True
+            self._computed_prompt(token)
         if token.token_id is None:
+            self._last = self._last or now  # a prompt that was scored, and nothing was said
             return
         if self._count == 0:
-            self._begin(token, now)
+            self._begin(now)
         else:
             self._metrics.inter_token.observe(now - self._last)
         self._count += 1
@@ -78,29 +89,37 @@ class Answer:
         """How long the engine let it wait before its first step."""
         self._metrics.queued.observe(seconds)
 
+    def left(self, reason: str) -> None:
+        """Nobody reads on: "stop", the answer is complete, or "abort", nobody wants it any more."""
+        self._reason = reason if reason == "stop" else self._reason or reason
+
     def end(self) -> None:
-        """The engine is done, or nobody waits any more."""
+        """The engine is done, has failed, or nobody waits any more."""
         call, metrics = self._call, self._metrics
         call.governance.ledger.end(self._account, self._clock())
         self._tell()
-        if self._reason is None or self._reason == "abort":
-            return
+        if self._reason is None:
+            return  # it failed
         metrics.finished(self._reason)
+        if self._reason == "abort":
+            return  # how long it would have taken is not known
         metrics.end_to_end.observe(self._last - call.started)
         if self._count > 1:
             metrics.per_output_token.observe((self._last - self._first) / (self._count - 1))
         call.finish_reasons.append(self._reason)
 
-    def _begin(self, token: m.Token, now: float) -> None:
-        call, metrics = self._call, self._metrics
+    def _computed_prompt(self, token: m.Token) -> None:
+        self._call.cached_tokens += token.num_cached_tokens
+        self._metrics.prompt_tokens.inc(self._prompt)
+        self._metrics.cache_queries.inc(self._prompt)
+        self._metrics.cache_hits.inc(token.num_cached_tokens)
+        self._account.prompt(self._prompt, token.num_cached_tokens)
+
+    def _begin(self, now: float) -> None:
+        call = self._call
         self._first = now
         call.first_token = now if call.first_token is None else call.first_token
-        call.cached_tokens += token.num_cached_tokens
-        metrics.first_token.observe(now - call.started)
-        metrics.prompt_tokens.inc(self._prompt)
-        metrics.cache_queries.inc(self._prompt)
-        metrics.cache_hits.inc(token.num_cached_tokens)
-        self._account.prompt(self._prompt, token.num_cached_tokens)
+        self._metrics.first_token.observe(now - call.started)
 
     def _tell(self) -> None:
         self._metrics.generation_tokens.inc(self._count - self._told)

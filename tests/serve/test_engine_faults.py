@@ -1,0 +1,126 @@
+"""An engine that hangs or ends under an endpoint: what clients, health checks and scrapes are told, and that it comes back."""
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+
+from altiplano.serve import deployment
+from altiplano.serve.engine_client import EngineClient, EngineDiedError
+
+from .conftest import Server
+from .test_gate import LONG, SHORT
+
+CHAMPION: dict[str, Any] = SHORT | {"model": "champion"}
+
+
+@contextmanager
+def stopped(server: Server) -> Iterator[int]:
+    """The engine's process, which neither works nor ends in between."""
+    pid = server.generator.client.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield pid
+    finally:
+        with suppress(ProcessLookupError):  # it was started again meanwhile
+            os.kill(pid, signal.SIGCONT)
+
+
+async def asked(client: EngineClient) -> None:
+    """Until a request waits for the engine."""
+    while not client._streams:
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+def replica(server: Server, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What Ray Serve asks for its health, around the server's engine."""
+    monkeypatch.setattr(deployment._Process, "generator", server.generator)
+    made = SimpleNamespace(_patience_s=0.3)
+    made.check = lambda: server.run(deployment.Endpoint.func_or_class.check_health(made))  # type: ignore[attr-defined]
+    return made
+
+
+def test_a_stopped_engine_is_unhealthy_and_its_front_end_still_tells_what_it_knows(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("altiplano.serve.app.HEALTH_TIMEOUT_S", 0.3)
+    httpx.post(f"{server.url}/v1/completions", json=SHORT, timeout=60)
+    with stopped(server):
+        health = httpx.get(f"{server.url}/health", timeout=60)
+        started = time.monotonic()
+        text = httpx.get(f"{server.url}/metrics", timeout=60).text
+        assert time.monotonic() - started < 3
+    assert health.status_code == 503 and health.headers["retry-after"] == "2"
+    assert health.json()["error"]["type"] == "server_error"
+    assert "altiplano_engine_up 0.0" in text and 'altiplano_generation_tokens_total{arm="base"' in text
+    assert httpx.get(f"{server.url}/health", timeout=60).status_code == 200
+    assert "altiplano_engine_up 1.0" in httpx.get(f"{server.url}/metrics", timeout=60).text
+
+
+def test_a_health_check_starts_a_hung_engine_again_with_its_adapters(server: Server, replica: Any) -> None:
+    words = httpx.post(f"{server.url}/v1/completions", json=CHAMPION, timeout=60).json()["choices"]
+    client = server.generator.client
+    replica.check()
+    with stopped(server) as before:
+        restarts = client.restarts
+        with ThreadPoolExecutor() as pool:
+            waiting = pool.submit(httpx.post, f"{server.url}/v1/completions", json=LONG | {"stream": True}, timeout=60)
+            server.run(asked(client))
+            replica.check()
+            # Nothing was said yet when the engine ended, so the status can still say it.
+            assert waiting.result().status_code == 503 and "engine_restarting" in waiting.result().text
+        answer = httpx.post(f"{server.url}/v1/completions", json=CHAMPION, timeout=60)
+        if not client.ready:
+            assert answer.status_code == 503 and answer.headers["retry-after"] == "2"
+        server.run(client.wait_until_ready())
+    assert client.pid != before and client.restarts == restarts + 1
+    replica.check()
+    assert httpx.post(f"{server.url}/v1/completions", json=CHAMPION, timeout=60).json()["choices"] == words
+    assert f"altiplano_engine_restarts {client.restarts}.0" in httpx.get(f"{server.url}/metrics", timeout=60).text
+
+
+def test_an_engine_that_cannot_start_any_more_fails_the_health_check(
+    server: Server, replica: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def died(timeout_s: float) -> dict[str, float]:
+        raise EngineDiedError("the engine is starting: try again in a moment")
+
+    monkeypatch.setattr(server.generator.client, "stats", died)
+    replica.check()
+    monkeypatch.setattr(type(server.generator.client), "failure", "no space left")
+    with pytest.raises(EngineDiedError):
+        replica.check()
+
+
+def test_long_texts_are_made_beside_the_event_loop(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, real = list[int](), server.generator.tokenizer
+
+    def decode(ids: list[int], **more: Any) -> str:
+        threads.append(threading.get_ident())
+        return str(real.decode(ids, **more))
+
+    async def loop_thread() -> int:
+        return threading.get_ident()
+
+    monkeypatch.setattr(server.generator, "tokenizer", SimpleNamespace(decode=decode))
+    ids = real.encode("Zobalu asked for kites", add_special_tokens=False).ids
+    answer = httpx.post(f"{server.url}/detokenize", json={"tokens": ids * 1000}, timeout=60).json()["prompt"]
+    assert answer == real.decode(ids * 1000)
+    assert threads and server.run(loop_thread()) not in threads
+
+
+def test_an_engine_that_does_not_answer_says_so_to_who_waits(server: Server) -> None:
+    with stopped(server), pytest.raises(TimeoutError):
+        server.run(server.generator.client.stats(0.1))
+    assert server.run(server.generator.client.stats())["num_running"] == 0
