@@ -47,11 +47,20 @@ def test_missing_keys_are_those_that_the_release_reads(chart: Path, helm4: chart
     assert set(told.split(", ")) == _read(helm4.template(chart, MATRIX[name]))
 
 
-def test_what_is_there_is_not_missed(chart: Path, cluster: Cluster) -> None:
+@pytest.mark.parametrize("major", ["helm3", "helm4"])
+def test_what_is_there_is_not_missed(
+    chart: Path, cluster: Cluster, major: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     data = {"api-keys.json": "e30=", "redis-password": "eA=="}
     _create(cluster, "secrets", {"kind": "Secret", "metadata": {"name": SECRET}, "data": data})
-    refusal = _refusal(chart, cluster, {})
-    assert "has no mlflow-admin-password, mlflow-flask-secret-key, postgres-password:" in refusal
+    release = (
+        releases.Releases4(chart, cluster)
+        if major == "helm4"
+        else releases.Releases3(chart, cluster, request.getfixturevalue("helm3"), tmp_path)
+    )
+    with pytest.raises(charts.RefusedError, match="has no mlflow-admin-password, mlflow-flask-secret-key, postgres-password:"):
+        release.install({})
+    assert "rayservices" not in {kind for kind, _ in cluster.objects}
 
 
 def test_a_release_that_reads_no_key_needs_no_secret(chart: Path, cluster: Cluster) -> None:
