@@ -1,6 +1,7 @@
 """A release of the chart in a stand-in for the Kubernetes API, with a real Ray head behind its pods' ports."""
 
 import base64
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,7 +60,11 @@ def installed(empty: FullCluster, objects: list[Object]) -> FullCluster:
 def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[local_ray.RayHead, str]]:
     """A real Ray head that asks for a token, and the token."""
     workspace = tmp_path_factory.mktemp("ray")
-    yield local_ray.start(workspace, 4), local_ray.token(workspace)
+    with pytest.MonkeyPatch.context() as patch:
+        # Jobs say `python`, which in the image is the one with our packages.
+        patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        head = local_ray.start(workspace, 4)
+    yield head, local_ray.token(workspace)
     local_ray.stop(workspace)
 
 

@@ -120,7 +120,7 @@ def _in_cluster(found: "Release", words: list[str], tracking_uri: str | None) ->
         job = ray_jobs.wait(job_id, FETCH_TIMEOUT_S)
         lines = ray_jobs.log(job_id).strip().splitlines()
     if job.status == "SUCCEEDED":
-        answer: dict[str, Any] = json.loads(lines[-1])
+        answer: dict[str, Any] = json.loads(next(line for line in reversed(lines) if line.startswith("{")))
         return answer
     reason = next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), job.message)
     if job.exit_code == 4:

@@ -67,7 +67,8 @@ def main() -> int:
     except (ValueError, RuntimeError) as error:
         print(f"error: {error}")
         return getattr(error, "exit_code", 2)
-    print(json.dumps({"name": wanted.name, "version": wanted.version, "path": str(path)}))
+    # On a line of its own, whatever a progress bar has left behind.
+    print("\n" + json.dumps({"name": wanted.name, "version": wanted.version, "path": str(path)}))
     return 0
 
 
