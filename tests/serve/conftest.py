@@ -1,9 +1,12 @@
 """An endpoint as users meet it: uvicorn on a free port, the real engine process, cria and an adapter behind it."""
 
 import asyncio
+import os
+import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,8 @@ from altiplano.serve.deployment import make_generator
 from altiplano.serve.generation import Generator
 from altiplano.serve.governance import Governance
 from altiplano.serve.settings import ServeSettings
+
+PATIENCE_S = 120.0  # what takes longer has failed, on the busiest machine too
 
 
 def make_adapter(directory: Path, seed: int) -> Path:
@@ -65,7 +70,28 @@ class Server:
         self._sock = sock
 
     def run(self, coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout=120)
+        return asyncio.run_coroutine_threadsafe(asyncio.wait_for(coroutine, PATIENCE_S), self.loop).result()
+
+    def until(self, reached: Callable[[], bool]) -> None:
+        """Wait until something is so in the server, which goes on meanwhile."""
+
+        async def wait() -> None:
+            while not reached():
+                await asyncio.sleep(0.002)
+
+        self.run(wait())
+
+    @contextmanager
+    def stopped(self) -> Iterator[int]:
+        """The engine's process, which neither works nor ends in between: no answer ends."""
+        pid = self.generator.client.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield pid
+        finally:
+            with suppress(ProcessLookupError):  # it was started again meanwhile
+                os.kill(pid, signal.SIGCONT)
 
     def close(self) -> None:
         self._uvicorn.should_exit = True

@@ -50,12 +50,6 @@ def answer(connection: socket.socket) -> tuple[int, dict[str, Any]]:
     return status, json.loads(response.read(length))
 
 
-async def freed(guarded: Guarded) -> None:
-    """Wait until no request of this front end is left, by its own events."""
-    while guarded.governance.queue.size:
-        await guarded.generator.client.stats()
-
-
 def test_bodies_are_bounded_however_they_are_sent(guarded: Guarded) -> None:
     with guarded.http(guarded.user) as http:
         declared = http.post("/v1/completions", content=b"x" * (65 << 10))
@@ -80,14 +74,14 @@ def test_a_body_that_does_not_come_is_not_waited_for(guarded: Guarded) -> None:
         connection.sendall(head(guarded, 100) + b'{"model"')
         status, body = answer(connection)
     assert status == 408 and "0.3 s" in body["error"]["message"]
-    guarded.run(freed(guarded))
+    guarded.idle()
     assert guarded.governance.queue.size == 0
 
 
 def test_a_client_that_leaves_before_its_body_is_complete_is_forgotten(guarded: Guarded) -> None:
     with connect(guarded) as connection:
         connection.sendall(head(guarded, 100) + b'{"model"')
-    guarded.run(freed(guarded))
+    guarded.idle()
     assert guarded.busy() == 0
 
 
@@ -103,14 +97,10 @@ def test_clients_that_leave_free_their_pages_at_once(guarded: Guarded, body: dic
     for connection in connections:
         connection.sendall(head(guarded, len(encoded)) + encoded)
 
-    async def all_begun() -> None:
-        while generated() < before + 16:
-            await guarded.generator.client.stats()
-
-    guarded.run(all_begun())
+    guarded.until(lambda: generated() >= before + 16)
     for connection in connections:
         connection.close()
-    guarded.run(freed(guarded))
+    guarded.idle()
     assert guarded.busy() == 0
     assert generated() - before < 16 * 400  # nobody's answer was computed to its end
     used = guarded.run(guarded.generator.client.stats())
@@ -134,7 +124,7 @@ def test_many_clients_come_and_go_and_the_endpoint_still_answers(guarded: Guarde
                 assert set(statuses) <= {200, 429}
 
     asyncio.run(come_and_go())
-    guarded.run(freed(guarded))
+    guarded.idle()
     assert guarded.busy() == 0 and not guarded.generator.client._streams
     with guarded.http(guarded.user) as http:
         assert http.post("/v1/completions", json=SHORT).status_code == 200
@@ -154,7 +144,7 @@ def test_a_client_that_stops_reading_is_cut_off_and_slows_nobody_down(guarded: G
         connection.sendall(head(guarded, len(body)) + body)
         with guarded.http(guarded.user) as http:
             assert http.post("/v1/completions", json=SHORT).status_code == 200
-        guarded.run(freed(guarded))
+        guarded.idle()
         received = b""
         while piece := connection.recv(1 << 16):
             received += piece

@@ -1,13 +1,8 @@
 """An engine that hangs or ends under an endpoint: what clients, health checks and scrapes are told, and that it comes back."""
 
-import asyncio
-import os
-import signal
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,31 +10,12 @@ import httpx
 import pytest
 
 from altiplano.serve import deployment
-from altiplano.serve.engine_client import EngineClient, EngineDiedError
+from altiplano.serve.engine_client import EngineDiedError
 
 from .conftest import Server
 from .test_gate import LONG, SHORT
 
 CHAMPION: dict[str, Any] = SHORT | {"model": "champion"}
-
-
-@contextmanager
-def stopped(server: Server) -> Iterator[int]:
-    """The engine's process, which neither works nor ends in between."""
-    pid = server.generator.client.pid
-    assert pid is not None
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield pid
-    finally:
-        with suppress(ProcessLookupError):  # it was started again meanwhile
-            os.kill(pid, signal.SIGCONT)
-
-
-async def asked(client: EngineClient) -> None:
-    """Until a request waits for the engine."""
-    while not client._streams:
-        await asyncio.sleep(0)
 
 
 @pytest.fixture
@@ -56,7 +32,7 @@ def test_a_stopped_engine_is_unhealthy_and_its_front_end_still_tells_what_it_kno
 ) -> None:
     monkeypatch.setattr("altiplano.serve.app.HEALTH_TIMEOUT_S", 0.3)
     httpx.post(f"{server.url}/v1/completions", json=SHORT, timeout=60)
-    with stopped(server):
+    with server.stopped():
         health = httpx.get(f"{server.url}/health", timeout=60)
         started = time.monotonic()
         text = httpx.get(f"{server.url}/metrics", timeout=60).text
@@ -72,11 +48,11 @@ def test_a_health_check_starts_a_hung_engine_again_with_its_adapters(server: Ser
     words = httpx.post(f"{server.url}/v1/completions", json=CHAMPION, timeout=60).json()["choices"]
     client = server.generator.client
     replica.check()
-    with stopped(server) as before:
+    with server.stopped() as before:
         restarts = client.restarts
         with ThreadPoolExecutor() as pool:
             waiting = pool.submit(httpx.post, f"{server.url}/v1/completions", json=LONG | {"stream": True}, timeout=60)
-            server.run(asked(client))
+            server.until(lambda: bool(client._streams))
             replica.check()
             # Nothing was said yet when the engine ended, so the status can still say it.
             assert waiting.result().status_code == 503 and "engine_restarting" in waiting.result().text
@@ -121,6 +97,6 @@ def test_long_texts_are_made_beside_the_event_loop(server: Server, monkeypatch: 
 
 
 def test_an_engine_that_does_not_answer_says_so_to_who_waits(server: Server) -> None:
-    with stopped(server), pytest.raises(TimeoutError):
+    with server.stopped(), pytest.raises(TimeoutError):
         server.run(server.generator.client.stats(0.1))
     assert server.run(server.generator.client.stats())["num_running"] == 0

@@ -61,6 +61,7 @@ def test_every_metric_of_an_answer_under_vllms_meaning(guarded: Guarded) -> None
     with guarded.http(key) as http:
         usage = http.post("/v1/chat/completions", json=CHAT | {"ignore_eos": True}).json()["usage"]
         http.post("/v1/chat/completions", json=CHAT | {"ignore_eos": True})
+    guarded.idle()
     found = scrape(guarded)
 
     def value(name: str, **more: str) -> float:
@@ -90,7 +91,7 @@ def test_every_metric_of_an_answer_under_vllms_meaning(guarded: Guarded) -> None
 
 def ended(guarded: Guarded, key: str) -> Callable[..., float]:
     """What was counted for a key's answers of the base model."""
-    guarded.run(idle(guarded))
+    guarded.idle()
     found, labels = scrape(guarded), {"model": "cria", "arm": "base", "key": key.split("-")[1]}
     return lambda name, **more: found.get((f"altiplano_{name}", frozenset((labels | more).items())), 0.0)
 
@@ -134,18 +135,13 @@ def test_the_engines_own_state(guarded: Guarded) -> None:
         lines = stream.iter_lines()
         next(lines)
         busy = scrape(guarded)
-    guarded.run(idle(guarded))
+    guarded.idle()
     after = scrape(guarded)
     none: frozenset[tuple[str, str]] = frozenset()
     assert busy[("altiplano_num_requests_running", none)] == 1 and after[("altiplano_num_requests_running", none)] == 0
     assert 0 < busy[("altiplano_kv_cache_usage_perc", none)] <= 1
     assert after[("altiplano_kv_cache_usage_perc", none)] == 0 < after[("altiplano_prefix_cache_pages", none)]
     assert busy[("altiplano_num_requests_waiting", none)] == 0 and busy[("altiplano_engine_up", none)] == 1
-
-
-async def idle(guarded: Guarded) -> None:
-    while guarded.governance.queue.size:
-        await guarded.generator.client.stats()
 
 
 def test_refusals_are_counted_with_their_reason_and_key(guarded: Guarded) -> None:
@@ -188,7 +184,7 @@ def test_a_log_line_says_who_and_how_long_and_not_what(guarded: Guarded, caplog:
         http.post("/v1/chat/completions", json=CHAT | {"temperature": SECRET})
         http.post("/v1/chat/completions", content=f'{{"{SECRET}'.encode())
         http.get(f"/{SECRET}", params={"q": SECRET})
-    guarded.run(idle(guarded))
+    guarded.idle()
     lines = [JsonFormatter().format(record) for record in caplog.records if record.name.startswith("altiplano")]
     assert SECRET not in "".join(lines) and guarded.user not in "".join(lines)
     assert answer["choices"][0]["message"]["content"] not in "".join(lines)
@@ -203,7 +199,7 @@ def test_a_trace_joins_the_clients_and_holds_no_text(guarded: Guarded, spans: In
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     with guarded.http(guarded.user) as http:
         http.post("/v1/chat/completions", json=CHAT, headers={"traceparent": parent})
-    guarded.run(idle(guarded))
+    guarded.idle()
     (span,) = spans.get_finished_spans()
     assert span.name == "POST /v1/chat/completions" and span.parent is not None and span.context is not None
     assert format(span.context.trace_id, "032x") == parent.split("-")[1]

@@ -6,12 +6,14 @@ pid files, and it never matches a process that somebody else started.
 
 import contextlib
 import os
+import random
 import socket
 from pathlib import Path
 
 import psutil
 
 MARK = "ALTIPLANO_WORKSPACE"
+_QUIET_PORTS = range(20_000, 30_000)
 
 
 class PortBusyError(RuntimeError):
@@ -21,11 +23,16 @@ class PortBusyError(RuntimeError):
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port of the loopback interface that nobody listens on at this moment.
+
+    From a range that neither the kernel nor Ray deals from, so that it stays free until it is used.
+    """
+    for port in random.sample(_QUIET_PORTS, 200):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise PortBusyError(f"of 200 ports from {_QUIET_PORTS.start} to {_QUIET_PORTS.stop - 1} none is free")
 
 
 def require_free(host: str, port: int, setting: str) -> None:
