@@ -1,5 +1,6 @@
 """`altiplano rollout`: a challenger gets more traffic step by step, and is promoted or taken back by what its requests show."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -37,6 +38,7 @@ ShadowOption = Annotated[
     float, typer.Option(min=0, max=1, help="Share of the champion's answers given again by the challenger, unseen.")
 ]
 STEPS, LOG = "5,25,50", "controller.log"
+NOT_PROMOTED = 3  # the code of a pipeline whose gate said no; its module would bring every stage
 
 rollout = typer.Typer(help="Give a challenger traffic, and promote it or take it back.", no_args_is_help=True)
 
@@ -205,11 +207,12 @@ def _saved(store: "Store") -> "Saved":
 
 def _control(site: "Site", output: Output) -> None:
     """Until it has ended; leaves as a pipeline does whose gate said no when the challenger was taken back."""
-    from altiplano.pipeline.outcome import NOT_PROMOTED
     from altiplano.pipeline.rollouts import controller
     from altiplano.serve.rollout import Phase
     from altiplano.serve.rollout_store import RolloutBusyError
 
+    # MLflow says where a run is seen, on standard output, which is for results.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     with site.store.controlled() as alone:
         if not alone:
             raise RolloutBusyError("another controller carries this rollout out already: see `altiplano rollout status`")
