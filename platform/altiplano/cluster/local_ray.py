@@ -138,6 +138,10 @@ def _command(head: RayHead, num_cpus: int) -> list[str]:
         "dashboard-host": "127.0.0.1",
         "dashboard-port": head.dashboard.rsplit(":", 1)[1],
         "dashboard-agent-listen-port": str(processes.free_port()),
+        # A raylet that has to be told these ports by its agents dies when they need 15 s to start, as on a busy machine.
+        "dashboard-agent-grpc-port": str(processes.free_port()),
+        "metrics-export-port": str(processes.free_port()),
+        "runtime-env-agent-port": str(processes.free_port()),
         "ray-client-server-port": str(processes.free_port()),
         "temp-dir": head.temp_dir,
         "num-cpus": str(num_cpus),
