@@ -93,6 +93,7 @@ WRONG: list[tuple[str, Values]] = [
     ),
     ("endpoint.engine.quantization", {"endpoint": {"engine": {"device": "cpu", "quantization": "int4"}, "gpusPerReplica": 0}}),
     ("endpoint.engine.block_size", {"endpoint": {"engine": {"quantization": "int8", "block_size": 8}}}),
+    ("endpoint.engine.num_speculative_tokens", {"endpoint": {"engine": {"num_speculative_tokens": 4}}}),
     ("endpoint.engine.kv_cache_tokens", {"endpoint": {"engine": {"kv_cache_tokens": 4096}}}),
     ("endpoint.rayClusterDeletionDelaySeconds", {"endpoint": {"rayClusterDeletionDelaySeconds": 60}}),
     ("mlflow.externalUri", {"mlflow": {"externalUri": "https://mlflow.example.com"}}),

@@ -141,6 +141,9 @@ What a schema cannot say: rules between values, and the rules that only KubeRay'
 {{- if and (eq .engine.device "cpu") (ne (.engine.quantization | default "none") "none") -}}
 {{- $wrong = append $wrong "endpoint.engine.quantization: needs a GPU: leave it at none with device cpu" -}}
 {{- end -}}
+{{- if and (eq .engine.device "cuda") (.engine.num_speculative_tokens | default 0) -}}
+{{- $wrong = append $wrong "endpoint.engine.num_speculative_tokens: is for the CPU backend so far: leave it out with device cuda" -}}
+{{- end -}}
 {{- if and (ne (.engine.quantization | default "none") "none") (eq (int (.engine.block_size | default 32)) 8) -}}
 {{- $wrong = append $wrong "endpoint.engine.block_size: quantized weights need 16 or more" -}}
 {{- end -}}

@@ -280,6 +280,7 @@ class EngineClient:
             "num_blocks": max(1, s.kv_cache_tokens // s.block_size),
             "kv_cache_dtype": s.kv_cache_dtype,
             "quantization": s.quantization,
+            "num_speculative_tokens": s.num_speculative_tokens,
             "enable_prefix_caching": s.enable_prefix_caching,
             "max_lora_rank": 512,
             # A laptop's engine shares its cores with the front end and with training.

@@ -22,4 +22,5 @@ class ServeSettings:
     kv_cache_tokens: int = 65536
     kv_cache_dtype: str = "auto"
     quantization: str = "none"
+    num_speculative_tokens: int = 0
     enable_prefix_caching: bool = True

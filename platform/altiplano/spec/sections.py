@@ -275,6 +275,12 @@ class Serve(Section):
     quantization: Literal["none", "int8", "int4"] = Field(
         "none", description="Weights in groups of 128, made while loading: faster at small batches, less exact; on a GPU only."
     )
+    num_speculative_tokens: int = Field(
+        0,
+        ge=0,
+        le=32,
+        description="Tokens guessed per step from the request's own text (prompt lookup): for answers that copy; on a CPU only.",
+    )
     enable_prefix_caching: bool = True
     api_keys_file: str | None = Field(None, description="File of `altiplano keys`. null: no keys, and a loopback host only.")
     limits: ServeLimits = ServeLimits()
@@ -352,6 +358,8 @@ class Pipeline(Section):
             raise ValueError(
                 "serve.kv_cache_dtype and serve.quantization need a GPU: leave them out, or set scaling.use_gpu=true"
             )
+        if self.scaling.use_gpu and self.serve.num_speculative_tokens:
+            raise ValueError("serve.num_speculative_tokens is for the CPU backend so far: set it to 0, or scaling.use_gpu=false")
         missing = sorted(set(self.gate.non_inferiority) - set(self.evaluate.tasks))
         if missing:
             raise ValueError(

@@ -111,6 +111,7 @@ def serve_settings(pipeline: spec.Pipeline, model: str, served: str, adapter: st
         kv_cache_tokens=pipeline.serve.kv_cache_tokens,
         kv_cache_dtype=pipeline.serve.kv_cache_dtype,
         quantization=pipeline.serve.quantization,
+        num_speculative_tokens=pipeline.serve.num_speculative_tokens,
         enable_prefix_caching=pipeline.serve.enable_prefix_caching,
     )
 
