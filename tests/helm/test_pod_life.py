@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,22 @@ from altiplano.serve.keys import KeyFile
 
 SCRIPT = charts.CHART / "files" / "drain_node.sh"
 TOKEN = "t" * 32
-# What one client does: a stream of so many tokens, each event on a line of its own, through the proxy of its node.
+# What one client does: stream after stream through the proxy of its node, until nobody takes the next one. One line of JSON for each.
 CLIENT = """
-import json, sys, urllib.request
-key, tokens = sys.argv[1], int(sys.argv[2])
-body = {"model": "cria", "prompt": "The llama", "stream": True, "max_tokens": tokens, "ignore_eos": True}
+import json, sys, time, urllib.error, urllib.request
+key, streams = sys.argv[1], int(sys.argv[2])
+body = {"model": "cria", "prompt": "The llama", "stream": True, "max_tokens": 1500, "ignore_eos": True}
 headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-with urllib.request.urlopen(urllib.request.Request("http://127.0.0.1:8000/v1/completions", json.dumps(body).encode(), headers)) as answer:
-    for line in answer:
-        if line.strip():
-            print(line.decode().strip(), flush=True)
+for _ in range(streams):
+    request = urllib.request.Request("http://127.0.0.1:8000/v1/completions", json.dumps(body).encode(), headers)
+    began = time.time()
+    try:
+        answer = urllib.request.urlopen(request)
+    except OSError:
+        break
+    with answer:
+        lines = [line.strip() for line in answer if line.strip()]
+    print(json.dumps({"began": began, "ended": time.time(), "whole": lines[-1] == b"data: [DONE]"}), flush=True)
 """
 
 
@@ -97,7 +104,9 @@ def endpoint(chart: Path, helm4: charts.Helm4, tmp_path_factory: pytest.TempPath
     """Pods of the rendered RayService, without Kubernetes: its environment, its Ray parameters, its Serve config."""
     if not sandbox.permitted():
         pytest.skip("namespaces need root and CAP_SYS_ADMIN")
-    (service,) = charts.of_kind(helm4.template(chart, MATRIX["cpu-trial"]), "RayService")
+    # A proxy stays for half a minute after its node's last replica, so answers get longer than that.
+    values = charts.merged(MATRIX["cpu-trial"], {"endpoint": {"gracefulShutdownTimeoutSeconds": 60}})
+    (service,) = charts.of_kind(helm4.template(chart, values), "RayService")
     head_pod, worker_pod = pods.pods([service])
     spec = service["spec"]["rayClusterConfig"]
     head_parameters = spec["headGroupSpec"]["rayStartParams"]
@@ -105,11 +114,7 @@ def endpoint(chart: Path, helm4: charts.Helm4, tmp_path_factory: pytest.TempPath
     folder = tmp_path_factory.mktemp("pods")
     for place in (folder, *list(folder.parents)[:2]):
         place.chmod(0o755)
-    # The image's packages are compiled, and whoever runs them here may not write beside them.
-    caches = folder / "head" / "pycache"
-    compiling = {"PYTHONPYCACHEPREFIX": str(caches), "PATH": "/usr/bin:/bin"}
-    subprocess.run([sys.executable, "-c", f"import {', '.join(_IMPORTED)}"], env=compiling, check=True, timeout=200)
-    shutil.copytree(caches, folder / "worker" / "pycache")
+    _compile(folder / "head", folder / "worker")
     # A busy machine may need longer than Ray waits for its own processes.
     start = ["bash", "-c", _START, "start", "ray", "start", "--block", "--object-store-memory=100000000"]
     head = sandbox.Pod(
@@ -173,6 +178,15 @@ sys.exit(f"not running: {status}")
 """.replace("TOKEN", TOKEN)
 
 
+def _compile(*folders: Path) -> None:
+    """The image's packages are compiled, and whoever runs them in these pods may not write beside them."""
+    first, *others = [folder / "pycache" for folder in folders]
+    environment = {"PYTHONPYCACHEPREFIX": str(first), "PATH": "/usr/bin:/bin"}
+    subprocess.run([sys.executable, "-c", f"import {', '.join(_IMPORTED)}"], env=environment, check=True, timeout=200)
+    for other in others:
+        shutil.copytree(first, other)
+
+
 @pytest.mark.slow
 def test_ray_and_the_endpoint_run_on_a_read_only_file_system(endpoint: Running) -> None:
     for pod in (endpoint.head, endpoint.worker):
@@ -181,33 +195,97 @@ def test_ray_and_the_endpoint_run_on_a_read_only_file_system(endpoint: Running) 
                 ["nsenter", "-t", str(pod.pid), "-m", "touch", f"{place}/x"], capture_output=True, text=True, check=False
             )
             assert "Read-only file system" in refused.stderr, "root itself cannot write"
-    done = endpoint.worker.run("python", "-c", CLIENT, endpoint.key, "8")
-    assert done.stdout.splitlines()[-1] == "data: [DONE]", done.stdout
+    done = endpoint.worker.run("python", "-c", CLIENT, endpoint.key, "1")
+    assert json.loads(done.stdout)["whole"], done.stdout
 
 
 @pytest.mark.slow
 def test_a_worker_that_leaves_ends_its_stream(endpoint: Running) -> None:
-    tokens = 400
-    client = endpoint.worker.start("python", "-c", CLIENT, endpoint.key, str(tokens))
-    assert client.stdout is not None
-    first = client.stdout.readline()
-    assert first.startswith("data: {"), first
+    client = endpoint.worker.start("python", "-c", CLIENT, endpoint.key, "1")
     began = time.monotonic()
-    pre_stop = endpoint.worker.run("bash", "-c", SCRIPT.read_text(), "drain", "100", timeout=130)
+    pre_stop = endpoint.worker.run("bash", "-c", SCRIPT.read_text(), "drain", "80", timeout=110)
     assert pre_stop.returncode == 0, pre_stop.stdout
-    assert time.monotonic() - began < 100, "Serve says that nothing is left before the time is over"
-    rest = client.communicate(timeout=10)[0].splitlines()
-    assert rest[-1] == "data: [DONE]", rest[-3:]
-    assert sum('"text"' in line for line in [first, *rest]) >= tokens * 0.5, "tokens may share an event, but few do"
-    left = endpoint.worker.run("ps", "-eo", "args").stdout
-    assert "ray::ServeReplica" not in left
+    assert time.monotonic() - began < 80, "Serve says that nothing is left before the time is over"
+    assert json.loads(client.communicate(timeout=30)[0])["whole"]
+    (log,) = endpoint.head.tmp.glob("ray/session_2*/logs/serve/controller_[0-9]*.log")
+    assert "Migrating Replica" in log.read_text(), "Serve has learned of the drain"
+    assert "ray::ServeReplica" not in endpoint.worker.run("ps", "-eo", "args").stdout
+
+
+def _check_streams(lines: list[str], head: Path) -> None:
+    """All are whole, and one of them ran when Serve began to stop the replica."""
+    streams = [json.loads(line) for line in lines]
+    assert all(stream["whole"] for stream in streams)
+    (log,) = head.glob("ray/session_2*/logs/serve/controller_[0-9]*.log")
+    (stopping,) = re.findall(r"^INFO (\S+ \S+) .*Stopping Replica\(.* \(currently", log.read_text(), re.MULTILINE)
+    at = datetime.strptime(stopping, "%Y-%m-%d %H:%M:%S,%f").timestamp()
+    assert any(stream["began"] < at < stream["ended"] for stream in streams), "the client streamed all the time"
+
+
+@pytest.mark.slow
+def test_a_machine_without_kubernetes_ends_its_streams_before_it_stops(tmp_path: Path) -> None:
+    """compose.yaml's command and environment, for cria on the CPU."""
+    if not sandbox.permitted():
+        pytest.skip("namespaces need root and CAP_SYS_ADMIN")
+    compose = yaml.safe_load((charts.ROOT / "compose.yaml").read_text())["services"]["endpoint"]
+    config = yaml.safe_load((charts.ROOT / "k8s" / "compose-serve.yaml").read_text())
+    (application,) = config["applications"]
+    folder = tmp_path / "machine"
+    for place in (tmp_path, *list(tmp_path.parents)[:2]):
+        place.chmod(0o755)
+    _compile(folder)
+    _, key = KeyFile(folder / "api-keys.json").create("test")
+    (folder / "api-keys.json").chmod(0o644)
+    application["args"] = {"model": "cria", "served_model_name": "cria", "api_keys_file": "/tmp/api-keys.json"}
+    application["deployments"][0]["ray_actor_options"] = {"num_cpus": 1}
+    (folder / "serve.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    assert compose["command"] == ["/bin/bash", "/etc/altiplano/endpoint.sh", "/etc/altiplano/serve.yaml"]
+    command = ["bash", str(charts.ROOT / "k8s" / "compose-endpoint.sh"), "/tmp/serve.yaml"]
+    given = {name: value for name, value in compose["environment"].items() if name.startswith("RAY_SERVE_")}
+    environment = given | _of_this_machine() | {"ALTIPLANO_GPUS": "0"}
+    (tmp_path / "other").mkdir()
+    machine, other = sandbox.Pod(folder, command, environment), sandbox.Pod(tmp_path / "other", ["sleep", "900"], {})
+    try:
+        sandbox.connect(machine, other)
+        ready = machine.run("python", "-c", _UNTIL_READY, timeout=420)
+        assert ready.returncode == 0, ready.stdout + machine.log()
+        client = machine.start("python", "-c", CLIENT, key, "10000")
+        assert client.stdout is not None
+        first = client.stdout.readline()
+        machine.run("kill", "-TERM", "1")
+        _check_streams([first, *client.communicate(timeout=120)[0].splitlines()], folder)
+        assert machine.wait(timeout=120) == 0, machine.log()
+    finally:
+        machine.end()
+        other.end()
+
+
+_UNTIL_READY = """
+import sys, time, urllib.request
+for _ in range(400):
+    try:
+        with urllib.request.urlopen("http://127.0.0.1:8000/health") as answer:
+            sys.exit()
+    except OSError as error:
+        last = error
+    time.sleep(1)
+sys.exit(f"not ready: {last}")
+"""
+
+
+def _of_this_machine() -> dict[str, str]:
+    """A token, and patience: a busy machine starts Ray's agents slowly."""
+    patience = {
+        "RAY_agent_register_timeout_ms": "180000",
+        "PYTHONPYCACHEPREFIX": "/tmp/pycache",
+    }
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN} | patience
 
 
 def _environment(pod: Object) -> dict[str, str]:
-    """What the chart gives, and what KubeRay adds; Ray's agents are patient, because a busy machine starts them slowly."""
+    """What the chart gives, and what KubeRay adds."""
     given = {v["name"]: v.get("value", "unused") for v in pods.containers(pod)[0]["env"]}
-    kuberay = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_ADDRESS": "10.77.0.1:6379"}
-    return given | kuberay | {"RAY_agent_register_timeout_ms": "180000", "PYTHONPYCACHEPREFIX": "/tmp/pycache"}
+    return given | _of_this_machine() | {"RAY_ADDRESS": "10.77.0.1:6379"}
 
 
 def _flags(parameters: dict[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ Linux namespaces do it, which takes root. What is missing beside a real pod: cgr
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -62,12 +63,22 @@ class Pod:
         script = ["bash", "-c", _START, "pod", str(folder), sys.base_prefix, *command]
         with (folder / "log").open("wb") as log:
             self._process = subprocess.Popen(
-                ["unshare", "-n", "unshare", "-mpf", "--mount-proc", "--kill-child", *script],
+                ["unshare", "-n", "unshare", "-mpf", "--mount-proc", *script],
                 env=self._environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
             )
+
+    def wait_until_it_runs(self) -> None:
+        """Its file systems are in place and its first process is the image's user."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            status = Path(f"/proc/{self.pid}/status").read_text()
+            if f"Uid:\t{USER}" in status:
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"the pod did not start: {self.log()}")
 
     def run(self, *command: str, timeout: float = 60, text: str | None = None) -> subprocess.CompletedProcess[str]:
         """A command in the pod, as `kubectl exec` runs it; `text` goes to its standard input."""
@@ -81,9 +92,14 @@ class Pod:
         """What its first process has printed."""
         return (self.tmp / "log").read_text(errors="replace")
 
+    def wait(self, timeout: float) -> int:
+        """Its first process's exit status, when it has ended by itself."""
+        return self._process.wait(timeout)
+
     def end(self) -> None:
-        """Kill everything in it."""
-        self._process.kill()
+        """Kill everything in it: with the first process of a namespace all others go."""
+        if self._process.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
         self._process.wait(timeout=30)
 
     @functools.cached_property
@@ -120,7 +136,7 @@ class Pod:
 
 
 def connect(first: Pod, second: Pod) -> tuple[str, str]:
-    """A network of two pods; their addresses."""
+    """A network of two pods, which they wait for; their addresses when both run."""
     addresses = ("10.77.0.1", "10.77.0.2")
     name = f"v{os.getpid() % 100000}"
     _ip("link", "add", "name", f"{name}a", "type", "veth", "peer", "name", f"{name}b")
@@ -133,6 +149,8 @@ def connect(first: Pod, second: Pod) -> tuple[str, str]:
             ["link", "set", "eth0", "up"],
         ):
             subprocess.run([*inside, *words], check=True, timeout=20)
+    for pod in (first, second):
+        pod.wait_until_it_runs()
     return addresses
 
 
