@@ -34,7 +34,7 @@ def cluster() -> Iterator[None]:
 
 def test_keys_limits_and_leaving_clients_through_ray_serve(cluster: None, adapter: Path, tmp_path: Path) -> None:
     file = KeyFile(tmp_path / "keys.json")
-    (_, user), (own, admin) = file.create("user", requests_per_minute=2), file.create("admin", scope=Scope.admin)
+    (_, user), (own, admin) = file.create("user", requests_per_minute=1), file.create("admin", scope=Scope.admin)
     endpoint = spec.Serve(port=free_port(), api_keys_file=str(file.path))
     serve.start(http_options={"host": "127.0.0.1", "port": endpoint.port})
     replica = Endpoint.bind(asdict(settings(adapter)), endpoint.model_dump(mode="json"))  # type: ignore[attr-defined]
@@ -50,14 +50,14 @@ def test_keys_limits_and_leaving_clients_through_ray_serve(cluster: None, adapte
 
         assert http.get("/health").status_code == 200
         assert http.get("/v1/models").status_code == 401
-        assert [ask(user, max_tokens=2).status_code for _ in range(3)] == [200, 200, 429]
-        assert int(ask(user).headers["retry-after"]) >= 25
+        answers = [ask(user, max_tokens=2) for _ in range(2)]
+        assert [answer.status_code for answer in answers] == [200, 429]
+        assert 1 <= int(answers[1].headers["retry-after"]) <= 60
         with http.stream(
             "POST", "/v1/completions", json=LONG | {"stream": True}, headers={"authorization": f"Bearer {admin}"}
         ) as stream:
             next(stream.iter_lines())
-        while value("altiplano_num_requests_running"):
-            continue
+        assert any(not value("altiplano_num_requests_running") for _ in range(1000))
         generated = f'altiplano_generation_tokens_total{{arm="orders-1",key="{own.id}"'
         assert 0 < value(generated) < 400
         assert value("altiplano_clients_gone_total") == 1

@@ -1,5 +1,6 @@
 """The endpoint on Ray Serve: deployed by a config over REST, changed while it answers, taken down."""
 
+import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -168,8 +169,9 @@ def test_a_wrong_token_and_a_missing_dashboard_are_named(head: tuple[Path, local
         ServeControl(head[1].dashboard, "wrong").status()
     with pytest.raises(ControlError, match="refuses the token"):
         ServeControl(head[1].dashboard, None).status()
-    with pytest.raises(ControlError, match="is the cluster running"):
-        ServeControl(f"http://127.0.0.1:{free_port()}", None).status()
+    with socket.socket() as silent, pytest.raises(ControlError, match="is the cluster running"):
+        silent.bind(("127.0.0.1", 0))  # and nobody listens
+        ServeControl(f"http://127.0.0.1:{silent.getsockname()[1]}", None).status()
 
 
 def test_the_config_is_one_that_serve_reads(adapter: Path) -> None:
