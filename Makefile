@@ -8,7 +8,7 @@ export UV_FIND_LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS))
 TORCH_BACKEND := $(shell command -v nvidia-smi >/dev/null 2>&1 || test -n "$(UV_FIND_LINKS)" || echo --torch-backend=cpu)
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_BACKEND)
 
-.PHONY: demo test test-helm helm-tools crds test-slow lint bench clean
+.PHONY: demo test test-helm helm-tools crds test-slow soak lint bench clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/altiplano run pipelines/demo/pipeline.yaml
@@ -29,6 +29,10 @@ crds: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow --timeout=900
+
+# Twenty minutes of mixed traffic; memory, file descriptors and KV pages must stay flat.
+soak: $(VENV)/.dev
+	$(BIN)/python -m tests.chaos.soak
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

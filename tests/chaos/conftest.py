@@ -1,8 +1,10 @@
 """The endpoint on a Ray of its own with two replicas, and clients that keep count of what did not come back whole."""
 
 import asyncio
+import contextlib
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,7 @@ from altiplano.models.cria import cria_path
 from altiplano.serve import ServeControl, ServeSettings, deploy
 
 T = TypeVar("T")
+START_ATTEMPTS = 3
 SETTINGS = ServeSettings(
     model_path=str(cria_path()), served_model_name="cria", max_model_len=512, kv_cache_tokens=16384, max_num_seqs=8
 )
@@ -35,6 +38,11 @@ class Platform:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.endpoint.port}"
 
+    def wait(self) -> "Platform":
+        """Until it answers through its proxy, which learns of replicas a moment after Serve calls them running."""
+        eventually(lambda: httpx.get(f"{self.url}/health", timeout=60).is_success, 120)
+        return self
+
     def replicas(self) -> list[int]:
         """Process ids of the replicas that take requests."""
         application = self.control.status()["applications"]["altiplano"]
@@ -46,15 +54,15 @@ class Platform:
         (found,) = [p for p in psutil.Process(replica).children() if "altiplano.serve.engine_process" in p.cmdline()]
         return found
 
+    def gauges(self, name: str) -> list[float]:
+        """One gauge of each replica, from its own port behind HAProxy."""
+        texts = [httpx.get(f"http://127.0.0.1:{port_of(pid)}/metrics", timeout=60).text for pid in self.replicas()]
+        return [float(line.split()[-1]) for text in texts for line in text.splitlines() if line.startswith(f"{name} ")]
+
     def stats(self) -> dict[str, float]:
-        """Sums over the replicas, from their own ports, of the gauges that must come back to nothing."""
-        names = ("altiplano_num_requests_running", "altiplano_num_requests_waiting")
-        total = dict.fromkeys(names, 0.0)
-        for pid in self.replicas():
-            text = httpx.get(f"http://127.0.0.1:{port_of(pid)}/metrics", timeout=60).text
-            for name in names:
-                total[name] += sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"{name} "))
-        return total
+        """Sums over the replicas of what must come back to nothing."""
+        names = ("altiplano_num_requests_running", "altiplano_num_requests_waiting", "altiplano_kv_cache_usage_perc")
+        return {name: sum(self.gauges(name)) for name in names}
 
 
 def port_of(replica: int) -> int:
@@ -85,9 +93,16 @@ class Traffic:
     url: str
     parallel: int = 4
     max_tokens: int = 16
-    headers: dict[str, str] = field(default_factory=dict)
+    model: str = "cria"
     statuses: list[int] = field(default_factory=list)
     broken: list[tuple[float, str]] = field(default_factory=list)
+    arms: list[str | None] = field(default_factory=list)
+    """Which arm of a test answered, in the order of the answers."""
+    _times: list[float] = field(default_factory=list)
+
+    def when(self, arm: str) -> list[float]:
+        """The moments at which an arm answered."""
+        return [at for at, answered in zip(self._times, self.arms, strict=False) if answered == arm]
 
     def __enter__(self) -> "Traffic":
         self._stop = threading.Event()
@@ -97,12 +112,16 @@ class Traffic:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Every client ends its request and asks no more."""
         self._stop.set()
         self._thread.join(120)
 
     async def _run(self) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.parallel)
-        async with httpx.AsyncClient(timeout=60, limits=limits, headers=self.headers) as http:
+        async with httpx.AsyncClient(timeout=60, limits=limits) as http:
             await asyncio.gather(*(self._client(http) for _ in range(self.parallel)))
 
     async def _client(self, http: httpx.AsyncClient) -> None:
@@ -113,16 +132,20 @@ class Traffic:
                 self.broken.append((time.monotonic(), repr(error)))
 
     async def ask(self, http: httpx.AsyncClient) -> None:
-        response = await http.post(f"{self.url}/v1/completions", json=body(self.max_tokens))
+        # Each request is a session of its own, so that the shares of a test are those of requests.
+        session = {"x-session-id": uuid.uuid4().hex}
+        response = await http.post(f"{self.url}/v1/completions", json=body(self.max_tokens, self.model), headers=session)
         self.statuses.append(response.status_code)
+        self._times.append(time.monotonic())
+        self.arms.append(response.headers.get("x-altiplano-arm"))
         whole = response.status_code == 429 or (response.status_code == 200 and response.text.endswith("data: [DONE]\n\n"))
         if not whole or (response.status_code == 200 and '"error"' in response.text):
             self.broken.append((time.monotonic(), f"{response.status_code} {response.text[-300:]}"))
 
 
-def body(max_tokens: int) -> dict[str, Any]:
+def body(max_tokens: int, model: str = "cria") -> dict[str, Any]:
     """A stream of exactly `max_tokens` tokens."""
-    return {"model": "cria", "prompt": "A note", "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+    return {"model": model, "prompt": "A note", "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +155,19 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     local_ray.stop(made)
 
 
+def running_ray(workspace: Path, num_cpus: int = 8) -> ServeControl:
+    """A Ray of our own. On a machine that is busy Ray's own half minute for a start may be too short: then once more."""
+    for _ in range(START_ATTEMPTS - 1):
+        with contextlib.suppress(local_ray.RayStartError):
+            local_ray.start(workspace, num_cpus)
+    head = local_ray.start(workspace, num_cpus)
+    return ServeControl(head.dashboard, local_ray.token(workspace))
+
+
 @pytest.fixture(scope="module")
 def platform(workspace: Path) -> Platform:
     """Two replicas behind HAProxy."""
-    head = local_ray.start(workspace, 8)
-    control = ServeControl(head.dashboard, local_ray.token(workspace))
+    control = running_ray(workspace)
     endpoint = spec.Serve(
         port=free_port(),
         max_num_seqs=8,
@@ -147,4 +178,4 @@ def platform(workspace: Path) -> Platform:
         autoscaling=spec.ServeAutoscaling(min_replicas=2, max_replicas=2),
     )
     deploy(SETTINGS, endpoint, control)
-    return Platform(control, endpoint)
+    return Platform(control, endpoint).wait()

@@ -1,0 +1,248 @@
+"""Rollouts by `altiplano rollout` on a real Ray Serve behind HAProxy, with MLflow, two replicas and traffic that counts what fails."""
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from mlflow import MlflowClient
+from tests.serve.conftest import make_adapter
+
+from altiplano import spec
+from altiplano.cluster import processes
+from altiplano.cluster.processes import free_port
+from altiplano.models.manifest import write_manifest
+from altiplano.pipeline import services
+from altiplano.pipeline.rollouts import EXPERIMENT
+from altiplano.registry import ModelRegistry, Tracker
+from altiplano.registry.lineage import Lineage
+from altiplano.registry.server import start_server
+from altiplano.serve import ServeControl
+from altiplano.serve.application import START_TIMEOUT_S, serve_config
+from altiplano.serve.evidence import AbClient
+from altiplano.serve.rollout_store import Saved, Store
+
+from .conftest import SETTINGS, Platform, Traffic, eventually, running_ray
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+MODEL, FAULT = "orders", "fault.json"  # what `faulty` reads
+PATIENCE_S = 240.0  # where no promise is tested: processes import MLflow first, beside busy replicas
+# Both arms share two cores with their clients, so latency budgets are wide; the error budget is the default.
+QUICK = ["--steps", "20,50", "--bake", "2", "--min-requests", "50", "--max-ttft-ratio", "1.5", "--min-speed-ratio", "0.5"]
+
+
+@dataclass
+class Site:
+    """A platform with a registry, and the command line in front of both."""
+
+    platform: Platform
+    workspace: Path
+    tracking_uri: str
+    folder: Path
+
+    @property
+    def registry(self) -> ModelRegistry:
+        return ModelRegistry(self.tracking_uri)
+
+    @property
+    def store(self) -> Store:
+        return Store(self.workspace / "rollout")
+
+    @property
+    def saved(self) -> Saved:
+        found = self.store.load()
+        assert found is not None
+        return found
+
+    def ended(self, version: int) -> bool:
+        """Whether the rollout of a version is over."""
+        found = self.store.load()
+        return found is not None and found.plan.version == version and found.state.phase.ended
+
+    def offer(self, fault: dict[str, float] | None = None) -> int:
+        """A new version of the model, which goes wrong as `fault` says."""
+        seed = len(self.registry.versions(MODEL)) + 1
+        adapter = make_adapter(self.folder / f"{seed}", seed)
+        if fault is not None:
+            (adapter / FAULT).write_text(json.dumps(fault))
+            write_manifest(adapter)
+        run = Tracker(self.tracking_uri, "training", str(self.folder / "spool")).start_run(f"train-{seed}", "train")
+        return self.registry.register(adapter, MODEL, run.run_id, lineage(), tags={"gate": "promote"}, params={"r": 4})
+
+    def command(self, *words: str) -> list[str]:
+        places = ["-w", str(self.workspace), "--url", self.platform.url, "--tracking-uri", self.tracking_uri]
+        return [sys.executable, "-m", "altiplano.cli", "rollout", *words, *places]
+
+    def rollout(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """`altiplano rollout …` with everything that it needs to know."""
+        return subprocess.run(self.command(*words), capture_output=True, text=True, env=processes.mark(self.workspace))
+
+    def controllers(self) -> list[psutil.Process]:
+        """Processes of `altiplano rollout control`."""
+        return [p for p in processes.marked(self.workspace) if "control" in p.cmdline() and "rollout" in p.cmdline()]
+
+
+@pytest.fixture(scope="module")
+def site(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """Two replicas, whose champion is version 1 of a registered model, and an MLflow server."""
+    control = running_ray(workspace)
+    os.environ[processes.MARK] = str(workspace.resolve())
+    tracking_uri = services.find_mlflow(workspace) or start_server(workspace / "mlflow", free_port()).uri
+    folder = tmp_path_factory.mktemp("adapters")
+    made = Site(Platform(control, endpoint()), workspace, tracking_uri, folder)
+    version = made.offer()
+    made.registry.promote(MODEL, version)
+    champion = made.registry.download(MODEL, version, folder / "champion")
+    name = f"{MODEL}-{version}"
+    config = serve_config(replace(SETTINGS, adapters={name: str(champion)}, aliases={"champion": name}), made.platform.endpoint)
+    (application,) = config["applications"]
+    application["import_path"] = "faulty:build"
+    application["runtime_env"]["env_vars"]["PYTHONPATH"] = str(Path(__file__).parent)
+    control.undeploy()
+    control.deploy(config, START_TIMEOUT_S)
+    made.platform.wait()
+    return made
+
+
+def endpoint() -> spec.Serve:
+    two = spec.ServeAutoscaling(min_replicas=2, max_replicas=2)
+    return spec.Serve(port=free_port(), max_num_seqs=8, max_model_len=512, kv_cache_tokens=16384, autoscaling=two)
+
+
+def lineage() -> Lineage:
+    return Lineage.gather(
+        config_digest="c",
+        base_model="cria",
+        base_digest="b",
+        base_revision=None,
+        dataset_digests={"data": "d"},
+        template_digest="t",
+        date_string="26 Jul 2024",
+        mask_policy="assistant_only",
+        seed=1,
+        world_sizes=[1],
+        tokens_seen=10,
+        adapter_digest="a",
+        run_ids={"train": "r"},
+        verdict="promote",
+    )
+
+
+class Timed(ServeControl):
+    """Remembers when Ray took what it was sent last."""
+
+    accepted = 0.0
+
+    def _request(self, method: str, body: Any = None) -> httpx.Response:
+        response = super()._request(method, body)
+        if method == "PUT":
+            self.accepted = time.monotonic()
+        return response
+
+
+def test_weights_are_live_on_all_replicas_within_a_second(site: Site) -> None:
+    control = site.platform.control
+    timed = Timed(control._url.removesuffix("/api/serve/applications/"), control._headers["authorization"].split()[1])
+    before, reader = control.get_user_config(), AbClient(site.platform.url)
+    name = before["aliases"]["champion"]
+    took = []
+    with Traffic(site.platform.url, parallel=4, model="champion") as traffic:
+        for share in (10.0, 50.0, 30.0, 100.0, 0.0):
+            arms = {"salt": "a salt for tests", "weights": {"champion": 100 - share, "challenger": share}}
+            config = before | {"aliases": {"champion": name, "challenger": name}, "arms": arms}
+            timed.set_user_config(config)
+            wanted = {"champion": 1 - share / 100, "challenger": share / 100}
+            eventually(lambda: (seen := reader.read()).is_live(seen.test or "", wanted) and len(seen.snapshots) == 2, 30)  # noqa: B023
+            took.append(time.monotonic() - timed.accepted)
+    control.set_user_config(before)
+    assert statistics.median(took) < 1, took
+    assert traffic.broken == []
+
+
+def test_a_good_challenger_is_promoted_under_load_though_its_controller_is_killed(site: Site) -> None:
+    version = site.offer()
+    with Traffic(site.platform.url, parallel=6, max_tokens=4, model="champion") as traffic:
+        begun = site.rollout("start", "--version", str(version), *QUICK, "-o", "json")
+        assert begun.returncode == 0, begun.stderr
+        assert json.loads(begun.stdout)["plan"]["version"] == version
+        eventually(lambda: site.saved.state.live_since is not None, PATIENCE_S)
+        (controller,) = site.controllers()
+        controller.send_signal(signal.SIGKILL)
+        psutil.wait_procs([controller], timeout=30)
+        assert not site.saved.state.phase.ended
+        ended = site.rollout("control", "-o", "json")
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        eventually(lambda: len(traffic.statuses) >= 2000, PATIENCE_S)
+    assert traffic.broken == [] and set(traffic.statuses) == {200}
+    assert {"champion", "challenger"} <= set(traffic.arms)
+    told = json.loads(ended.stdout)
+    assert told["state"]["phase"] == "promoted"
+    assert [move["share"] for move in told["history"]] == [20, 50, 50, 100, 100]
+    champion = site.registry.get(MODEL, "champion")
+    assert champion is not None and champion.version == version
+    assert site.platform.control.get_user_config()["aliases"]["champion"] == f"{MODEL}-{version}"
+    _is_recorded(site, told["run_id"], "promoted")
+
+
+@pytest.fixture
+def watcher(site: Site) -> Iterator[subprocess.Popen[bytes]]:
+    """`altiplano rollout watch`, as an operator leaves it running."""
+    with (site.folder / "watch.log").open("w") as log:
+        started = subprocess.Popen(
+            site.command("watch", MODEL, "--interval", "0.5", *QUICK), stderr=log, env=processes.mark(site.workspace)
+        )
+    yield started
+    started.kill()
+    started.wait()
+
+
+@pytest.mark.parametrize(("fault", "says"), [({"late_s": 2.0}, "TTFT")])
+def test_the_alias_moves_a_rollout_begins_and_a_bad_challenger_is_back_at_nothing_within_30_s(
+    site: Site, watcher: subprocess.Popen[bytes], fault: dict[str, float], says: str
+) -> None:
+    champion = site.platform.control.get_user_config()["aliases"]["champion"]
+    version = site.offer(fault)
+    with Traffic(site.platform.url, parallel=6, max_tokens=4, model="champion") as traffic:
+        site.registry.set_alias(MODEL, "challenger", version)
+        eventually(lambda: site.ended(version), PATIENCE_S)
+        seen = len(traffic.arms)
+        eventually(lambda: len(traffic.arms) > seen + 100, PATIENCE_S)
+    saved = site.saved
+    assert saved.state.phase == "rolled_back" and says in saved.state.reason
+    met = sorted([*traffic.when("challenger"), *(at for at, _ in traffic.broken)])
+    assert met and met[-1] - met[0] < 30, "from the first user who met it to the last"
+    assert set(traffic.arms[-50:]) == {None}, "nobody is in a test any more"
+    assert site.platform.control.get_user_config()["aliases"] == {"champion": champion} | _previous(site)
+    assert watcher.poll() is None
+    eventually(lambda: site.saved.run_id is not None, 60)
+    _is_recorded(site, site.saved.run_id, "rolled_back")
+
+
+def _previous(site: Site) -> dict[str, str]:
+    """The alias that an earlier promotion left."""
+    aliases = site.platform.control.get_user_config()["aliases"]
+    return {name: target for name, target in aliases.items() if name == "previous"}
+
+
+def _is_recorded(site: Site, run_id: str | None, phase: str) -> None:
+    """The run in MLflow ends with the verdict and has the evidence."""
+    client = MlflowClient(site.tracking_uri)
+    assert run_id is not None
+    run = eventually(lambda: (r := client.get_run(run_id)).info.status == "FINISHED" and r, 60)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    assert experiment is not None and run.info.experiment_id == experiment.experiment_id
+    assert run.data.tags["altiplano.phase"] == phase and run.data.tags["altiplano.reason"]
+    assert run.data.params["challenger"].startswith(MODEL) and "salt" not in run.data.params
+    assert {"share", "challenger/requests", "effect/error_rate"} <= set(run.data.metrics)
+    assert [artifact.path for artifact in client.list_artifacts(run_id)] == ["rollout.json"]
