@@ -170,4 +170,7 @@ def test_adapters_that_do_not_fit_are_refused(engine: Engine, tmp_path: Path) ->
     save_file({key: torch.zeros(4, 999)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match="another base"):
         engine.load_adapter("x", tmp_path)
+    save_file({key: torch.full((4, 48), float("nan"))}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="diverged"):
+        engine.load_adapter("x", tmp_path)
     assert engine.adapters == []

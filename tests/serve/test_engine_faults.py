@@ -1,5 +1,6 @@
 """An engine that hangs or ends under an endpoint: what clients, health checks and scrapes are told, and that it comes back."""
 
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -7,9 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
-from altiplano.serve import deployment
+from altiplano.serve import deployment, engine_client
 from altiplano.serve.engine_client import EngineDiedError
 
 from .conftest import Server
@@ -100,3 +102,19 @@ def test_an_engine_that_does_not_answer_says_so_to_who_waits(server: Server) -> 
     with server.stopped(), pytest.raises(TimeoutError):
         server.run(server.generator.client.stats(0.1))
     assert server.run(server.generator.client.stats())["num_running"] == 0
+
+
+@pytest.mark.parametrize("hangs", ["before it connects", "while it loads"])
+def test_an_engine_that_hangs_while_it_starts_again_is_given_up(
+    server: Server, monkeypatch: pytest.MonkeyPatch, hangs: str
+) -> None:
+    """The replica then fails its health check, and Serve starts another one."""
+    monkeypatch.setattr(engine_client, "START_TIMEOUT_S", 0.5)
+    program = "import sys, socket\ns = socket.socket(socket.AF_UNIX)\n"
+    program += "s.connect(sys.argv[-1])\n" if hangs == "while it loads" else ""
+    program += "sys.stdin.read()\nimport signal\nsignal.pause()"
+    client = engine_client.EngineClient(server.generator.client._settings)
+    monkeypatch.setattr(engine_client, "COMMAND", [sys.executable, "-c", program])
+    with pytest.raises(RuntimeError, match="within"):
+        server.run(client.start())
+    assert client.pid is not None and not psutil.pid_exists(client.pid)

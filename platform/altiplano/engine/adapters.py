@@ -62,6 +62,10 @@ def load_adapter(
             raise AdapterError(
                 f"{directory}: {key} is {tuple(tensor.shape)}, the loaded model needs {wanted}: the adapter belongs to another base model"
             )
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(
+                f"{directory}: {key} has values that are no numbers: its training has diverged, use an earlier checkpoint"
+            )
         halves.setdefault((int(match[2]), match[3]), {})[match[4]] = tensor
         names[int(match[2]), match[3]] = f"{match[1]}.weight"
     parts = {"A", "B", "magnitude_vector"} if settings.get("use_dora") else {"A", "B"}

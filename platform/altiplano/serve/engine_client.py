@@ -17,6 +17,8 @@ from altiplano.serve.settings import ServeSettings
 
 START_TIMEOUT_S = 600.0
 CALL_TIMEOUT_S = 60.0
+COMMAND = [sys.executable, "-m", "altiplano.serve.engine_process"]
+LATE = f"it did not load its model within {START_TIMEOUT_S:g} s"
 
 
 class EngineDiedError(RuntimeError):
@@ -54,7 +56,7 @@ class EngineClient:
         """
         self._keeper = asyncio.create_task(self._keep_running())
         waiting = asyncio.create_task(self._ready.wait())
-        await asyncio.wait({waiting, self._keeper}, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({waiting, self._keeper}, return_when=asyncio.FIRST_COMPLETED)
         if not self._ready.is_set():
             waiting.cancel()
             await self.stop()
@@ -163,7 +165,7 @@ class EngineClient:
         return done.stats or {}
 
     async def _keep_running(self) -> None:
-        """Start the process, serve it, and start it again when it ends; gives up when it cannot even load."""
+        """Start the process, serve it, and start it again when it ends; gives up when it cannot even load, or hangs while it does."""
         while True:
             folder = tempfile.mkdtemp(prefix="altiplano-engine-")  # mode 0700: nobody else can connect
             try:
@@ -182,24 +184,30 @@ class EngineClient:
         connected: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
         server = await asyncio.start_unix_server(lambda r, w: connected.put_nowait((r, w)), str(path))
         async with server:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "altiplano.serve.engine_process", str(path), stdin=asyncio.subprocess.PIPE
-            )
+            self._process = await asyncio.create_subprocess_exec(*COMMAND, str(path), stdin=asyncio.subprocess.PIPE)
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps(self._engine_settings()).encode())
             self._process.stdin.close()
             ended = asyncio.create_task(self._process.wait())
             link = asyncio.create_task(connected.get())
-            await asyncio.wait({ended, link}, return_when=asyncio.FIRST_COMPLETED)
+            deadline = asyncio.get_running_loop().time() + START_TIMEOUT_S
+            await asyncio.wait({ended, link}, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
             if not link.done():
                 link.cancel()
-                self._failure = self._failure or f"its process ended with exit code {ended.result()}"
+                how = f"its process ended with exit code {ended.result()}" if ended.done() else LATE
+                self._failure = self._failure or how
+                ended.cancel()
                 return
             reader, self._writer = link.result()
-            reading = asyncio.create_task(self._read(reader))
-            await asyncio.wait({ended, reading}, return_when=asyncio.FIRST_COMPLETED)
-            ended.cancel()
-            reading.cancel()
+            reading, ready = asyncio.create_task(self._read(reader)), asyncio.create_task(self._ready.wait())
+            left = deadline - asyncio.get_running_loop().time()
+            await asyncio.wait({ended, reading, ready}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if ready.done():
+                await asyncio.wait({ended, reading}, return_when=asyncio.FIRST_COMPLETED)
+            elif not ended.done() and not reading.done():
+                self._failure = self._failure or LATE
+            for task in (ended, reading, ready):
+                task.cancel()
             self._writer.close()
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
