@@ -308,6 +308,14 @@ def test_somebody_elses_deployment_is_set_right_or_ends_the_rollout(scene: Scene
         configured(scene.here.get_user_config(), scene.plan, State())
 
 
+def test_an_older_version_keeps_its_other_names_when_it_is_taken_back(scene: Scene) -> None:
+    plan = scene.plan
+    adapters = {plan.champion: "/a", plan.challenger: plan.path}
+    config = {"adapters": adapters, "aliases": {"champion": plan.champion, "previous": plan.challenger}}
+    back = configured(configured(config, plan, State()), plan, State(Phase.rolling_back))
+    assert back == config
+
+
 def _saved(scene: Scene) -> Saved:
     saved = scene.store.load()
     assert saved is not None

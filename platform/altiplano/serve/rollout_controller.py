@@ -220,7 +220,8 @@ def configured(user_config: Mapping[str, Any], plan: Plan, state: State) -> dict
     answers = aliases.get(CHAMPION)
     if state.phase in (Phase.rolling_back, Phase.rolled_back):
         aliases.pop(CHALLENGER, None)
-        if answers != plan.challenger:
+        # An older version that is rolled out again may still have a name, such as `previous`.
+        if plan.challenger not in aliases.values():
             adapters.pop(plan.challenger, None)
         return config | {"adapters": adapters, "aliases": aliases}
     if answers not in (plan.champion, plan.challenger):
