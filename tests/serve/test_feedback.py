@@ -104,7 +104,8 @@ def test_sums_hold_latencies_and_tokens_and_do_not_count_what_was_refused(
         tested.ask(session=session)
     assert tested.ask(session=session, max_tokens=10_000).status_code == 400
     bad = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}
-    assert tested.ask(session=session, response_format=bad, ignore_eos=False).status_code == 400
+    refused = tested.ask(session=session, response_format=bad, ignore_eos=False)
+    assert (refused.status_code, refused.headers["x-altiplano-arm"]) == (400, "challenger")
     sums = tested.sums()["challenger"]
     assert (sums["requests"], sums["errors"], sums["tokens"]) == (3, 0, 18)
     assert sums["ttft"]["count"] == sums["e2e"]["count"] == sums["tokens_per_s"]["count"] == 3

@@ -130,8 +130,11 @@ async def _answer(
             first = await anext(stream)
             return StreamingResponse(_resumed(first, stream), media_type="text/event-stream", headers=headers)
         return JSONResponse(shaped(await experiment.whole(whole(generator, body, prompts), refusable=refusable)), headers=headers)
-    except (RefusedError, EngineDiedError) as error:
-        raise as_api_error(error) from error
+    except (ApiError, RefusedError, EngineDiedError) as error:
+        # Who is told that a test's arm has failed is told which arm it was.
+        failed = error if isinstance(error, ApiError) else as_api_error(error)
+        failed.headers = headers
+        raise failed from error
 
 
 async def _resumed(first: bytes, stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

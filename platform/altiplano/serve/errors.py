@@ -26,6 +26,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
+        self.headers: dict[str, str] = {}
 
     @classmethod
     def from_problems(cls, problems: Any) -> "ApiError":
@@ -41,5 +42,5 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        headers = {"retry-after": str(self.retry_after)} if self.retry_after is not None else None
-        return JSONResponse(self.body(), self.status, headers=headers)
+        retry = {"retry-after": str(self.retry_after)} if self.retry_after is not None else {}
+        return JSONResponse(self.body(), self.status, headers=self.headers | retry)
