@@ -119,6 +119,6 @@ def test_a_broken_arm_is_found_within_a_few_requests_and_a_small_loss_within_tho
     assert bounded_difference(Bounded(0, 100), Bounded(4, 5), 0.05).low > 0.05
     assert bounded_difference(Bounded(30, 3000), Bounded(90, 3000), 0.05).low > 0
     assert bounded_difference(Bounded(0, 0), Bounded(5, 5), 0.05).low < 0
-    slower = mean_difference(Moments(0.0, 0.25, 300), Moments(math.log(1.5), 0.25, MIN_COUNT), 0.05)
+    slower = mean_difference(Moments(0.0, 0.25, 300), Moments(math.log(1.5), 0.25, 2 * MIN_COUNT), 0.05)
     assert slower is not None and slower.low > 0
     assert mean_difference(Moments(0.0, 0.25, 300), Moments(3.0, 0.25, MIN_COUNT - 1), 0.05) is None
