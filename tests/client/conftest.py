@@ -36,6 +36,16 @@ class Seen:
         return str(self.body["prompt"])
 
 
+async def read_body(receive: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
+    """The JSON body of a request, which may come in parts."""
+    data = b""
+    while True:
+        message = await receive()
+        data += message.get("body", b"")
+        if not message.get("more_body"):
+            return dict(json.loads(data))
+
+
 @dataclass
 class Scripted:
     """A chat endpoint that says "re: PROMPT". `plan(seen)` may return another status, with headers, or CLOSE: half an answer."""
@@ -55,13 +65,7 @@ class Scripted:
         if scope["method"] == "GET":
             await respond(send, 200, {"data": [{"id": "cria"}, {"id": "champion"}]})
             return
-        data = b""
-        while True:
-            message = await receive()
-            data += message.get("body", b"")
-            if not message.get("more_body"):
-                break
-        seen = Seen(scope["path"], json.loads(data), {name.decode(): value.decode() for name, value in scope["headers"]})
+        seen = Seen(scope["path"], await read_body(receive), {name.decode(): value.decode() for name, value in scope["headers"]})
         self.seen.append(seen)
         if self.hold(seen):
             self.held.release()

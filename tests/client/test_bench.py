@@ -20,7 +20,7 @@ from altiplano.client.bench.plan import Arrivals, Backend, DataSet, DataSetName,
 from altiplano.client.bench.samples import custom_samples, prefix_repetition_samples, random_samples, trace_samples
 
 from ..serve.conftest import Server
-from .conftest import Scripted, respond, serve_app
+from .conftest import Scripted, read_body, respond, serve_app
 
 VLLM_KEYS = {
     f"{statistic}_{metric}_ms" for metric in ("ttft", "tpot", "itl", "e2el") for statistic in ("mean", "median", "std", "p99")
@@ -49,7 +49,7 @@ class Streaming:
         self.enough = asyncio.Event()
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        body = json.loads((await receive())["body"])
+        body = await read_body(receive)
         if scope["path"] == "/tokenize":
             await respond(send, 200, {"count": len(body["prompt"].split())})
             return
