@@ -94,6 +94,7 @@ def serve_app(app: Any) -> Iterator[str]:
     """uvicorn in a thread; yields the address of the API."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
+        sock.listen(128)  # from here on nobody is turned away, however long the thread takes
         running = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=5))
         thread = threading.Thread(target=lambda: asyncio.run(running.serve([sock])))
         thread.start()
