@@ -10,7 +10,7 @@ export UV_FIND_LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS))
 TORCH_BACKEND := $(shell command -v nvidia-smi >/dev/null 2>&1 || test -n "$(UV_FIND_LINKS)" || echo --torch-backend=cpu)
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_BACKEND)
 
-.PHONY: demo test test-helm helm-tools crds test-slow soak lint bench clean
+.PHONY: demo test test-helm helm-tools crds test-slow fuzz soak lint bench clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/altiplano run pipelines/demo/pipeline.yaml
@@ -31,6 +31,10 @@ crds: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow --timeout=900
+
+# Property tests with new examples; what they find becomes an example of its own.
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m pytest --hypothesis-profile=default -m hypothesis
 
 # Twenty minutes of mixed traffic; memory, file descriptors and KV pages must stay flat.
 soak: $(VENV)/.dev

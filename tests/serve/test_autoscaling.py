@@ -49,6 +49,10 @@ def test_each_rule_alone() -> None:
     assert replicas_wanted([Load(10, 0, 0.1, 5.0)], TARGETS) == 1
     assert replicas_wanted([IDLE, IDLE], TARGETS) == 0
     assert replicas_wanted([], TARGETS) == 0
+    # However little is held, somebody holds it.
+    assert replicas_wanted([Load(0, 0, 2e-216)], TARGETS) == 1
+    # Three tenths are not a hair more than 0.3.
+    assert replicas_wanted([Load(0, 0, 0.8 / 3)] * 3 + [IDLE] * 3, TARGETS) == 1
 
 
 @given(fleets)
@@ -81,7 +85,7 @@ def test_what_is_wanted_is_enough(fleet: list[Load]) -> None:
     slack = 1 + TOLERANCE + 1e-6
     assert sum(load.num_seqs for load in fleet) <= wanted * TARGETS.num_seqs * slack
     assert sum(load.kv_cache_held for load in fleet) <= wanted * TARGETS.kv_cache_usage * slack
-    assert (wanted == 0) <= all(load.num_seqs == 0 for load in fleet)
+    assert (wanted == 0) <= all(load.num_seqs == 0 and load.kv_cache_held == 0 for load in fleet)
 
 
 @given(fleets, st.data())

@@ -170,15 +170,7 @@ def _cluster(release: Release, cluster: Object) -> Check:
         )
     if found.get("HeadPodReady", {}).get("status") == "True" or cluster.get("status", {}).get("state") == "ready":
         return Check(title, Verdict.ok, "head ready")
-    warning = next((event for event in release.kube.events_of(name) if event.get("type") == "Warning"), None)
-    if warning is not None:
-        return Check(
-            title,
-            Verdict.fail,
-            f"{warning['reason']}: {warning['message']}",
-            "these are the operator's words: correct the values, then `altiplano cluster install`",
-        )
-    return Check(
+    return _operators_warning(release, title, name) or Check(
         title, Verdict.warn, found.get("HeadPodReady", {}).get("message") or "its head is not ready", "see the pods below"
     )
 
@@ -205,16 +197,21 @@ def _service(release: Release, service: Object) -> Check:
             )
     if ready.get("status") == "True":
         return Check(title, Verdict.ok, ", ".join(f"{a} {entry.get('status')}" for a, entry in told.items()) or "ready")
-    warning = next((event for event in release.kube.events_of(name) if event.get("type") == "Warning"), None)
-    if warning is not None:
-        return Check(
-            title,
-            Verdict.fail,
-            f"{warning['reason']}: {warning['message']}",
-            "these are the operator's words: correct the values, then `altiplano cluster install`",
-        )
-    return Check(
+    return _operators_warning(release, title, name) or Check(
         title, Verdict.warn, ready.get("message") or "not ready yet", "the first start downloads the model; see the pods below"
+    )
+
+
+def _operators_warning(release: Release, title: str, name: str) -> Check | None:
+    """What the operator says against an object that is not ready, if anything."""
+    warning = next((event for event in release.kube.events_of(name) if event.get("type") == "Warning"), None)
+    if warning is None:
+        return None
+    return Check(
+        title,
+        Verdict.fail,
+        f"{warning['reason']}: {warning['message']}",
+        "these are the operator's words: correct the values, then `altiplano cluster install`",
     )
 
 

@@ -157,7 +157,6 @@ class Engine:
             request = self._requests[chunk.request_id]
             request.prompt_logprobs += drawn.prompt_logprobs
             request.prompt_top += drawn.prompt_top
-            request.allowed = None if drawn.token is not None else request.allowed
             news += self._take(request, chunk, drawn)
         if self.config.debug:
             self._scheduler.check()
@@ -266,6 +265,7 @@ class Engine:
         self._scheduler.advance(request, chunk, draws[0].token)
         if draws[0].token is None:
             return []
+        request.allowed = None
         if request.lookup is not None and chunk.num_guesses:
             request.lookup.observe(chunk.num_guesses, len(drawn.accepted))
             self._guessed += chunk.num_guesses

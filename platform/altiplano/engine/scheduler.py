@@ -86,11 +86,8 @@ class Scheduler:
                 continue
             n = min(len(request.tokens) - request.num_computed, budget)
             guesses = self._guesses(request, budget)
-            if guesses and self._reserve(request, n + len(guesses)):
-                chunks.append(self._chunk(request, n, guesses))
-                budget -= n + len(guesses)
-                index += 1
-                continue
+            if guesses and not self._reserve(request, n + len(guesses)):
+                guesses = ()  # nobody is preempted for a guess
             while not self._reserve(request, n):
                 victim = self.running[-1]
                 self._preempt(victim)
@@ -98,8 +95,8 @@ class Scheduler:
                 if victim is request:
                     break
             else:
-                chunks.append(self._chunk(request, n))
-                budget -= n
+                chunks.append(self._chunk(request, n, guesses))
+                budget -= n + len(guesses)
                 index += 1
         # Who was preempted in this very step would only be thrown out again.
         if not preempted:

@@ -6,13 +6,14 @@ import fcntl
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from altiplano.models.files import replace_file
 
 if TYPE_CHECKING:
     from altiplano import spec
@@ -151,15 +152,6 @@ def write_json(path: Path, value: Any) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "w") as stream:
-                json.dump(value, stream, indent=1)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(scratch, path)
-        except BaseException:
-            os.unlink(scratch)
-            raise
+        replace_file(path, json.dumps(value, indent=1).encode())
     except OSError as error:
         raise WorkspaceError(f"{path} cannot be written ({error.strerror}): free space, or change run.storage_path") from error

@@ -54,7 +54,8 @@ def replicas_wanted(loads: Sequence[Load], targets: Targets) -> int:
     )
     if present and abs(needed / present - 1) <= TOLERANCE:
         return present
-    return math.ceil(needed - 1e-9)
+    # Rounding is forgiven in proportion: a load of almost nothing still needs a replica.
+    return math.ceil(needed * (1 - 1e-9))
 
 
 def _for_ttft(loads: Sequence[Load], targets: Targets) -> float:

@@ -8,9 +8,7 @@ import fcntl
 import hashlib
 import hmac
 import logging
-import os
 import secrets
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +16,8 @@ from enum import StrEnum
 from pathlib import Path
 
 import msgspec
+
+from altiplano.models.files import replace_file
 
 PREFIX = "alt"
 REFRESH_S = 1.0  # a revoked key is refused at most this much later
@@ -180,17 +180,7 @@ class KeyFile:
             yield
 
     def _write(self, keys: tuple[Key, ...]) -> None:
-        # mkstemp makes the file readable by its owner only, and the rename keeps that.
-        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(msgspec.json.format(msgspec.json.encode(_Contents(keys)), indent=2))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        replace_file(self.path, msgspec.json.format(msgspec.json.encode(_Contents(keys)), indent=2))
 
 
 class KeyRing:

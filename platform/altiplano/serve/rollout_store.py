@@ -3,13 +3,13 @@
 import fcntl
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from altiplano.models.files import replace_file
 from altiplano.serve.evidence import Notebook
 from altiplano.serve.rollout import Plan, State, share, told
 
@@ -133,9 +133,4 @@ class Store:
 
     def _replace(self, path: Path, value: Any) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        descriptor, scratch = tempfile.mkstemp(dir=self.directory, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "w") as stream:
-            json.dump(value, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(scratch, path)
+        replace_file(path, json.dumps(value).encode())
