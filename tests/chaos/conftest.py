@@ -1,7 +1,6 @@
 """The endpoint on a Ray of its own with two replicas, and clients that keep count of what did not come back whole."""
 
 import asyncio
-import contextlib
 import os
 import threading
 import time
@@ -22,7 +21,6 @@ from altiplano.models.cria import cria_path
 from altiplano.serve import ServeControl, ServeSettings, deploy
 
 T = TypeVar("T")
-START_ATTEMPTS = 3
 SETTINGS = ServeSettings(
     model_path=str(cria_path()), served_model_name="cria", max_model_len=512, kv_cache_tokens=16384, max_num_seqs=8
 )
@@ -161,10 +159,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def running_ray(workspace: Path, num_cpus: int = 8) -> ServeControl:
-    """A Ray of our own. On a machine that is busy Ray's own half minute for a start may be too short: then once more."""
-    for _ in range(START_ATTEMPTS - 1):
-        with contextlib.suppress(local_ray.RayStartError):
-            local_ray.start(workspace, num_cpus)
+    """A Ray of our own."""
     head = local_ray.start(workspace, num_cpus)
     return ServeControl(head.dashboard, local_ray.token(workspace))
 

@@ -16,7 +16,7 @@ from altiplano.cluster import local_ray, processes
 from altiplano.cluster.processes import free_port
 from altiplano.serve import ServeControl, deploy
 
-from .conftest import SETTINGS, START_ATTEMPTS, Platform, Traffic, eventually, running_ray
+from .conftest import SETTINGS, Platform, Traffic, eventually, running_ray
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -47,7 +47,7 @@ class Cluster:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={head.address}", "--block", *options]
         environment = processes.mark(self.workspace) | local_ray.environment(self.workspace)
         # On a busy machine Ray's own half minute for a start may be too short: then it leaves, and the next attempt follows.
-        for _ in range(START_ATTEMPTS):
+        for _ in range(local_ray.ATTEMPTS):
             node = psutil.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
             if any("Ray runtime started" in line for line in node.stdout):
                 self._nodes.append(node)

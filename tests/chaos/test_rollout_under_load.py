@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 from mlflow import MlflowClient
+from tests.registry.conftest import lineage
 from tests.serve.conftest import make_adapter
 
 from altiplano import spec
@@ -25,7 +26,6 @@ from altiplano.models.manifest import write_manifest
 from altiplano.pipeline import services
 from altiplano.pipeline.rollouts import EXPERIMENT
 from altiplano.registry import ModelRegistry, Tracker
-from altiplano.registry.lineage import Lineage
 from altiplano.registry.server import start_server
 from altiplano.serve import ServeControl
 from altiplano.serve.application import START_TIMEOUT_S, serve_config
@@ -120,25 +120,6 @@ def endpoint() -> spec.Serve:
     return spec.Serve(port=free_port(), max_num_seqs=8, max_model_len=512, kv_cache_tokens=16384, autoscaling=two)
 
 
-def lineage() -> Lineage:
-    return Lineage.gather(
-        config_digest="c",
-        base_model="cria",
-        base_digest="b",
-        base_revision=None,
-        dataset_digests={"data": "d"},
-        template_digest="t",
-        date_string="26 Jul 2024",
-        mask_policy="assistant_only",
-        seed=1,
-        world_sizes=[1],
-        tokens_seen=10,
-        adapter_digest="a",
-        run_ids={"train": "r"},
-        verdict="promote",
-    )
-
-
 class Timed(ServeControl):
     """Remembers when Ray took what it was sent last."""
 
@@ -207,7 +188,7 @@ def watcher(site: Site) -> Iterator[subprocess.Popen[bytes]]:
     started.wait()
 
 
-@pytest.mark.parametrize(("fault", "says"), [({"late_s": 2.0}, "TTFT")])
+@pytest.mark.parametrize(("fault", "says"), [({"fails": 0.5}, "error rate"), ({"late_s": 2.0}, "TTFT")])
 def test_the_alias_moves_a_rollout_begins_and_a_bad_challenger_is_back_at_nothing_within_30_s(
     site: Site, watcher: subprocess.Popen[bytes], fault: dict[str, float], says: str
 ) -> None:

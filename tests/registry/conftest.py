@@ -8,10 +8,12 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from altiplano.registry import Lineage
 from altiplano.registry.server import ServerInfo, start_server
 
 
@@ -27,6 +29,27 @@ def stop(info: ServerInfo) -> None:
     family = [server, *server.children(recursive=True)]
     os.killpg(info.pid, signal.SIGKILL)
     psutil.wait_procs(family, timeout=30)
+
+
+def lineage(**facts: Any) -> Lineage:
+    """A complete lineage; `facts` replace those that a test cares about."""
+    known: dict[str, Any] = {
+        "config_digest": "c",
+        "base_model": "cria",
+        "base_digest": "b",
+        "base_revision": None,
+        "dataset_digests": {"data": "d"},
+        "template_digest": "t",
+        "date_string": "26 Jul 2024",
+        "mask_policy": "assistant_only",
+        "seed": 1,
+        "world_sizes": [2],
+        "tokens_seen": 10,
+        "adapter_digest": "a",
+        "run_ids": {"train": "r"},
+        "verdict": "promote",
+    }
+    return Lineage.gather(**known | facts)
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import pytest
 from mlflow import MlflowClient
 
 from altiplano.models.manifest import ManifestError, write_manifest
-from altiplano.registry import LateSink, Lineage, MlflowSink, ModelRegistry, RegistryUnavailableError, Tracker
+from altiplano.registry import LateSink, MlflowSink, ModelRegistry, RegistryUnavailableError, Tracker
 from altiplano.registry.server import MlflowServerError, ServerInfo, start_server
 
-from .conftest import free_port, stop
+from .conftest import free_port, lineage, stop
 
 FLUSH_S = 60.0
 
@@ -24,25 +24,6 @@ def adapter(tmp_path: Path) -> Path:
     (folder / "adapter_model.safetensors").write_bytes(b"weights" * 100)
     write_manifest(folder)
     return folder
-
-
-def lineage() -> Lineage:
-    return Lineage.gather(
-        config_digest="c",
-        base_model="cria",
-        base_digest="b",
-        base_revision=None,
-        dataset_digests={"data": "d"},
-        template_digest="t",
-        date_string="26 Jul 2024",
-        mask_policy="assistant_only",
-        seed=1,
-        world_sizes=[2],
-        tokens_seen=10,
-        adapter_digest="a",
-        run_ids={"train": "r"},
-        verdict="promote",
-    )
 
 
 def test_run_tree_is_found_again_with_its_metrics(server: ServerInfo, tmp_path: Path) -> None:
