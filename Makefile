@@ -10,7 +10,7 @@ export UV_FIND_LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS))
 TORCH_BACKEND := $(shell command -v nvidia-smi >/dev/null 2>&1 || test -n "$(UV_FIND_LINKS)" || echo --torch-backend=cpu)
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_BACKEND)
 
-.PHONY: demo test test-helm helm-tools crds test-slow fuzz soak lint bench clean
+.PHONY: demo test test-helm helm-tools crds test-slow fuzz soak lint bench bench-serving clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/altiplano run pipelines/demo/pipeline.yaml
@@ -48,6 +48,10 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/control_plane.py
+
+# What HTTP and Ray Serve cost; add WRITE=--write to keep the numbers.
+bench-serving: $(VENV)/.dev
+	$(BIN)/python benchmarks/serving/overhead.py $(WRITE)
 
 clean:
 	if [ -x $(BIN)/altiplano ]; then $(BIN)/altiplano down; fi

@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = {ROOT / "README.md": ("engine",), ROOT / "docs/benchmarks.md": ("engine", "training")}
+PAGES = {ROOT / "README.md": ("engine", "serving"), ROOT / "docs/benchmarks.md": ("engine", "training", "serving")}
 
 
-RUNS = {"engine": "at least 3 runs each", "training": "medians of single steps"}
+RUNS = {
+    "engine": "random weights; at least 3 runs each",
+    "training": "random weights; medians of single steps",
+    "serving": "clients and servers share the cores, and what is compared ran in turn",
+}
 
 
 def records(suite: str) -> list[dict[str, Any]]:
@@ -35,7 +39,7 @@ def table(suite: str) -> str:
     lines = ["| workload | model | variant | unit | " + " | ".join(systems) + " |", "|---|---|---|---|" + "---|" * len(systems)]
     lines += ["| " + " | ".join([*key, *(by.get(s, "") for s in systems)]) + " |" for key, by in cells.items()]
     hardware = ", ".join(sorted({r["hardware"] for r in rows}))
-    return "\n".join([*lines, "", f"Median (range) on {hardware}, random weights; {RUNS[suite]}."]) if rows else ""
+    return "\n".join([*lines, "", f"Median (range) on {hardware}; {RUNS[suite]}."]) if rows else ""
 
 
 def rewritten(page: Path) -> str:

@@ -186,7 +186,7 @@ class EngineClient:
         async with server:
             self._process = await asyncio.create_subprocess_exec(*COMMAND, str(path), stdin=asyncio.subprocess.PIPE)
             assert self._process.stdin is not None
-            self._process.stdin.write(json.dumps(self._engine_settings()).encode())
+            self._process.stdin.write(json.dumps(engine_settings(self._settings)).encode())
             self._process.stdin.close()
             ended = asyncio.create_task(self._process.wait())
             link = asyncio.create_task(connected.get())
@@ -275,22 +275,23 @@ class EngineClient:
                 self._process.kill()
             await self._process.wait()
 
-    def _engine_settings(self) -> dict[str, Any]:
-        s = self._settings
-        return {
-            "model": s.model_path,
-            "dtype": s.dtype,
-            "device": s.device,
-            "max_model_len": s.max_model_len,
-            "max_num_seqs": s.max_num_seqs,
-            "max_num_batched_tokens": s.max_num_batched_tokens,
-            "block_size": s.block_size,
-            "num_blocks": max(1, s.kv_cache_tokens // s.block_size),
-            "kv_cache_dtype": s.kv_cache_dtype,
-            "quantization": s.quantization,
-            "num_speculative_tokens": s.num_speculative_tokens,
-            "enable_prefix_caching": s.enable_prefix_caching,
-            "max_lora_rank": 512,
-            # A laptop's engine shares its cores with the front end and with training.
-            "threads": 1 if s.device == "cpu" and (os.cpu_count() or 1) <= 4 else 0,
-        }
+
+def engine_settings(s: ServeSettings) -> dict[str, Any]:
+    """What the engine's process reads on its standard input."""
+    return {
+        "model": s.model_path,
+        "dtype": s.dtype,
+        "device": s.device,
+        "max_model_len": s.max_model_len,
+        "max_num_seqs": s.max_num_seqs,
+        "max_num_batched_tokens": s.max_num_batched_tokens,
+        "block_size": s.block_size,
+        "num_blocks": max(1, s.kv_cache_tokens // s.block_size),
+        "kv_cache_dtype": s.kv_cache_dtype,
+        "quantization": s.quantization,
+        "num_speculative_tokens": s.num_speculative_tokens,
+        "enable_prefix_caching": s.enable_prefix_caching,
+        "max_lora_rank": 512,
+        # A laptop's engine shares its cores with the front end and with training.
+        "threads": 1 if s.device == "cpu" and (os.cpu_count() or 1) <= 4 else 0,
+    }
