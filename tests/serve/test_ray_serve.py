@@ -1,8 +1,10 @@
 """The endpoint on Ray Serve: deployed by a config over REST, changed while it answers, taken down."""
 
+import json
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,17 @@ class SteadyClient:
                 self.answers += 1
 
 
+def burst(port: int, requests: int) -> set[bytes]:
+    """The status lines of completions that are all sent at once."""
+    body = json.dumps({"model": "cria", "prompt": "A note", "max_tokens": 4}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
+    with ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60)) for _ in range(requests)]
+        for client in clients:
+            client.sendall(head.encode() + body)
+        return {client.makefile("rb").readline().strip() for client in clients}
+
+
 def replica_pids(control: ServeControl) -> list[int]:
     deployment = control.status()["applications"]["altiplano"]["deployments"]["endpoint"]
     return [replica["pid"] for replica in deployment["replicas"] if replica["state"] == "RUNNING"]
@@ -120,6 +133,8 @@ def test_deploy_change_and_undeploy(
         answer = client.chat.completions.create(model="cria", messages=NOTE, temperature=0, max_tokens=20)
         assert answer.choices[0].message.content == "12 Mill Lane"
         assert 'altiplano_requests_total{route="/v1/chat/completions",status="200"} 1.0' in httpx.get(metrics_url(control)).text
+
+        assert burst(endpoint.port, 48) == {b"HTTP/1.1 200 OK"}, "a burst on an idle endpoint is not too much"
 
         before = replica_pids(control), engine_pids(control)
         assert len(before[0]) == len(before[1]) == 1
@@ -181,7 +196,8 @@ def test_the_config_is_one_that_serve_reads(adapter: Path) -> None:
     (application,) = config["applications"]
     (deployment,) = application["deployments"]
     assert set(deployment) <= set(DeploymentSchema.model_fields), "Serve's schema lets typos pass"
-    assert deployment["max_ongoing_requests"] > endpoint.max_num_seqs + 100, "our own queue refuses first"
+    for bound in ("max_ongoing_requests", "max_queued_requests"):
+        assert deployment[bound] > endpoint.max_num_seqs + 100, "our own queue refuses first"
     assert deployment["user_config"] == {"adapters": {"orders-1": str(adapter)}, "aliases": {"champion": "orders-1"}}
     back, read = parse(application["args"])
     assert back == replace(settings(adapter), adapters={}, aliases={})

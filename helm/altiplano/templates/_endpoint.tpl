@@ -43,9 +43,9 @@ applications:
         request_router_config:
           request_router_class: ray.serve.experimental.consistent_hash_router:ConsistentHashRouter
         {{- end }}
-        # The endpoint's own queue refuses first; these bounds stand behind it.
+        # The endpoint's own queue refuses first; these bounds stand behind it. A burst on an idle replica counts as queued for a moment.
         max_ongoing_requests: {{ ternary (add $answers $light) $values.maxOngoingRequests (kindIs "invalid" $values.maxOngoingRequests) }}
-        max_queued_requests: {{ ternary $light $values.maxQueuedRequests (kindIs "invalid" $values.maxQueuedRequests) }}
+        max_queued_requests: {{ ternary (add $answers $light) $values.maxQueuedRequests (kindIs "invalid" $values.maxQueuedRequests) }}
         backpressure_config: {status_code: 429, retry_after_s: 1}
         # A lost pod takes one replica with it, not all.
         max_replicas_per_node: 1

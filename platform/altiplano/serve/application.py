@@ -96,14 +96,15 @@ def deployment_config(settings: ServeSettings, endpoint: spec.Serve) -> dict[str
     """The deployment's options.
 
     Our own queue refuses first, with OpenAI's error and a Retry-After made from what it knows; Serve's bounds stand behind it.
+    Serve counts a request as queued until its task first runs, so both bounds hold a burst that comes at once.
     """
-    answers = endpoint.max_num_seqs + endpoint.limits.max_queued_seqs
+    most = endpoint.max_num_seqs + endpoint.limits.max_queued_seqs + LIGHT_REQUESTS
     return {
         "name": DEPLOYMENT,
         **autoscaling_config(endpoint),
         **routing_options(endpoint),
-        "max_ongoing_requests": answers + LIGHT_REQUESTS,
-        "max_queued_requests": LIGHT_REQUESTS,
+        "max_ongoing_requests": most,
+        "max_queued_requests": most,
         "backpressure_config": {"status_code": 429, "retry_after_s": 1},
         "graceful_shutdown_timeout_s": endpoint.graceful_shutdown_timeout_s,
         "health_check_period_s": HEALTH_CHECK_PERIOD_S,
