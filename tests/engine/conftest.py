@@ -1,9 +1,11 @@
 """Small Llamas made on the spot, and the one that ships."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from altiplano.models.cria import cria_path
@@ -56,3 +58,32 @@ def greedy(model: LlamaForCausalLM, prompt: list[int], n: int) -> list[int]:
     """What transformers answers, without ending early."""
     out = model.generate(torch.tensor([prompt]), max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=2)
     return [int(token) for token in out[0, len(prompt) :]]
+
+
+def bits(tokens: Iterable[int]) -> bytes:
+    """The set of tokens as the engine takes it: a bit for each, lowest bit first."""
+    mask = bytearray(-(-VOCAB // 8))
+    for token in tokens:
+        mask[token // 8] |= 1 << token % 8
+    return bytes(mask)
+
+
+def make_adapter(directory: Path, seed: int, kind: str) -> PeftModel:
+    """Save a random adapter (lora, rslora or dora) of `make_llama(seed=0)` in `directory`; returns the tuned model."""
+    base = make_llama(directory / "base")
+    torch.manual_seed(seed)
+    settings = LoraConfig(
+        r=4,
+        lora_alpha=16,
+        target_modules="all-linear",
+        use_rslora=kind == "rslora",
+        use_dora=kind == "dora",
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    tuned = get_peft_model(base, settings).eval()
+    for name, parameter in tuned.named_parameters():
+        if "magnitude" in name:  # as if it had learned something
+            parameter.data *= 1 + 0.3 * torch.randn_like(parameter)
+    tuned.save_pretrained(directory)
+    return tuned

@@ -8,13 +8,13 @@ from typing import ClassVar
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 from altiplano.engine import Engine, EngineConfig, SamplingParams, core
 from altiplano_kernels.sampling.reference import sample
 
-from .conftest import VOCAB, make_llama
+from .conftest import VOCAB, bits, make_adapter
 from .features import COMMAND, PAIRS, Feature, docs_page, is_refused
 
 ROOT = Path(__file__).parents[2]
@@ -59,13 +59,6 @@ def allowed(request: int, step: int) -> list[int]:
     return [*chosen, EOS] if step >= 4 else chosen
 
 
-def bits(tokens: list[int]) -> bytes:
-    mask = bytearray(-(-VOCAB // 8))
-    for token in tokens:
-        mask[token // 8] |= 1 << token % 8
-    return bytes(mask)
-
-
 @pytest.fixture(scope="module")
 def world(llama: tuple[Path, LlamaForCausalLM], tmp_path_factory: pytest.TempPathFactory) -> World:
     directory, base = llama
@@ -82,21 +75,7 @@ def world(llama: tuple[Path, LlamaForCausalLM], tmp_path_factory: pytest.TempPat
     models[None] = logits(base)
     for seed, name in enumerate(("lora", "dora")):
         folder = tmp_path_factory.mktemp(name)
-        again = make_llama(folder / "base")
-        torch.manual_seed(seed)
-        settings = LoraConfig(
-            r=4,
-            lora_alpha=16,
-            target_modules="all-linear",
-            use_dora=name == "dora",
-            init_lora_weights=False,
-            task_type="CAUSAL_LM",
-        )
-        tuned = get_peft_model(again, settings).eval()
-        for parameter_name, parameter in tuned.named_parameters():
-            if "magnitude" in parameter_name:  # as if it had learned something
-                parameter.data *= 1 + 0.3 * torch.randn_like(parameter)
-        tuned.save_pretrained(folder)
+        tuned = make_adapter(folder, seed, name)
         adapters[name], models[name] = folder, logits(tuned)
     return World(directory, adapters, models)
 

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from altiplano.engine import Engine, EngineConfig, SamplingParams
 from altiplano.models.cria import cria_path
 
-from .conftest import VOCAB, greedy, make_llama
+from .conftest import VOCAB, greedy, make_adapter, make_llama
 
 Llama = tuple[Path, LlamaForCausalLM]
 GREEDY = SamplingParams(max_tokens=24, min_tokens=24, temperature=0.0)
@@ -110,25 +109,7 @@ def test_logprobs_of_chosen_and_top_tokens(llama: Llama) -> None:
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
 def test_adapters_and_base_in_one_batch(llama: Llama, tmp_path: Path, kind: str) -> None:
     directory, model = llama
-    expected = {}
-    for seed, name in enumerate(("one", "two")):
-        torch.manual_seed(seed)
-        base = make_llama(tmp_path / "base")
-        settings = LoraConfig(
-            r=4,
-            lora_alpha=16,
-            target_modules="all-linear",
-            use_rslora=kind == "rslora",
-            use_dora=kind == "dora",
-            init_lora_weights=False,
-            task_type="CAUSAL_LM",
-        )
-        tuned = get_peft_model(base, settings).eval()
-        for parameter_name, parameter in tuned.named_parameters():
-            if "magnitude" in parameter_name:  # as if it had learned something
-                parameter.data *= 1 + 0.3 * torch.randn_like(parameter)
-        tuned.save_pretrained(tmp_path / name)
-        expected[name] = tuned
+    expected = {name: make_adapter(tmp_path / name, seed, kind) for seed, name in enumerate(("one", "two"))}
     engine = Engine(EngineConfig(directory, **ROOMY))  # type: ignore[arg-type]
     for name in expected:
         engine.load_adapter(name, tmp_path / name)

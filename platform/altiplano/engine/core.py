@@ -10,10 +10,11 @@ from altiplano.engine.config import EngineConfig
 from altiplano.engine.errors import AdapterError, PromptTooLongError, UnknownAdapterError
 from altiplano.engine.pages import PagePool
 from altiplano.engine.params import SamplingParams
+from altiplano.engine.plan import Chunk
 from altiplano.engine.radix import RadixIndex
 from altiplano.engine.request import Request
 from altiplano.engine.runner import Drawn, Runner
-from altiplano.engine.scheduler import Chunk, Scheduler
+from altiplano.engine.scheduler import Scheduler
 from altiplano.engine.speculation import PromptLookup
 
 

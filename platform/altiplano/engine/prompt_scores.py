@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import torch
 
+from altiplano.engine.plan import Chunk
 from altiplano.engine.runner import Drawn
-from altiplano.engine.scheduler import Chunk
 
 
 def with_prompt(drawn: Drawn, chunk: Chunk, logits: torch.Tensor) -> Drawn:

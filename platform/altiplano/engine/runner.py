@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from altiplano.engine.scheduler import StepPlan
+from altiplano.engine.plan import StepPlan
 
 
 @dataclass(frozen=True)

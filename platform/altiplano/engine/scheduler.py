@@ -7,54 +7,14 @@ holds at least one request of the longest length: every request ends.
 """
 
 import time
-from dataclasses import dataclass
 
 from altiplano.engine.pages import PagePool
-from altiplano.engine.params import SamplingParams
+from altiplano.engine.plan import Chunk, StepPlan
 from altiplano.engine.radix import RadixIndex
 from altiplano.engine.request import Request, State
 
-
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens of one request in one step: `tokens` at positions start, start + 1, … Samples when it reaches the last known token.
-
-    `generated` counts the tokens drawn so far: with the seed it decides the noise of the draw. `history` (prompt, output) is
-    filled only when penalties need it.
-    """
-
-    request_id: str
-    slot: int
-    start: int
-    tokens: tuple[int, ...]
-    pages: tuple[int, ...]
-    sample: bool
-    generated: int
-    seed: int
-    params: SamplingParams
-    adapter: str | None
-    history: tuple[tuple[int, ...], tuple[int, ...]] | None = None
-    next_tokens: tuple[int, ...] = ()  # the known token after each of `tokens`, filled when their log-probabilities are asked for
-    allowed: bytes | None = None  # of a structured request: a bit per token that may be drawn
-    num_guesses: int = (
-        0  # the last of `tokens`, which nobody has drawn yet: a token is drawn before each of them and after the last
-    )
-
-
 # Rows of a decode step up to which another row is nearly free, because the weights are read anyway.
 SPECULATIVE_ROWS = 16
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """Everything a runner needs for one step, replayable from a log."""
-
-    chunks: tuple[Chunk, ...]
-    preempted: tuple[str, ...] = ()
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(chunk.tokens) for chunk in self.chunks)
 
 
 class Scheduler:
@@ -86,21 +46,21 @@ class Scheduler:
                 continue
             n = min(len(request.tokens) - request.num_computed, budget)
             guesses = self._guesses(request, budget)
-            if guesses and not self._reserve(request, n + len(guesses)):
+            if guesses and not self.reserve(request, n + len(guesses)):
                 guesses = ()  # nobody is preempted for a guess
-            while not self._reserve(request, n):
+            while not self.reserve(request, n):
                 victim = self.running[-1]
-                self._preempt(victim)
+                self.preempt(victim)
                 preempted.append(victim.request_id)
                 if victim is request:
                     break
             else:
-                chunks.append(self._chunk(request, n, guesses))
+                chunks.append(self.chunk(request, n, guesses))
                 budget -= n + len(guesses)
                 index += 1
         # Who was preempted in this very step would only be thrown out again.
         if not preempted:
-            budget = self._admit(budget, chunks)
+            budget = self.admit(budget, chunks)
         return StepPlan(tuple(chunks), tuple(preempted))
 
     def advance(self, request: Request, chunk: Chunk, token: int | None) -> None:
@@ -117,6 +77,83 @@ class Scheduler:
         """Book a right guess, the last known token, as computed; and the token drawn after it."""
         request.num_computed += 1
         request.tokens.append(token)
+
+    def admit(self, budget: int, chunks: list[Chunk]) -> int:
+        """Start waiting requests within `budget` tokens, in order, while slots and pages last; their chunks are added to `chunks`.
+
+        Returns what is left of the budget. Nobody is preempted for a newcomer. A request that was preempted since the last call
+        to `plan` should not be admitted again before the next: it would only be thrown out once more.
+        """
+        while self.waiting and budget > 0 and self._slots:
+            request = next((r for r in self.waiting if not r.blocked), None)
+            if request is None:
+                break
+            self._match_prefix(request)
+            n = min(len(request.tokens) - request.num_computed, budget)
+            if not self.reserve(request, n):
+                self.pool.release(request.pages)
+                request.pages, request.num_computed = [], 0
+                break
+            self.waiting.remove(request)
+            request.state, request.slot = State.RUNNING, self._slots.pop()
+            request.admitted = request.admitted or time.perf_counter()
+            self.running.append(request)
+            chunks.append(self.chunk(request, n))
+            budget -= n
+        return budget
+
+    def reserve(self, request: Request, n: int) -> bool:
+        """Give a running request the pages that `n` more tokens need, evicting cached prefixes if that is enough.
+
+        False, and nothing has changed but evicted prefixes, when there are not as many: preempt somebody and ask again.
+        """
+        need = -(-(request.num_computed + n) // self.block_size) - len(request.pages)
+        if need <= 0:
+            return True
+        short = need - self.pool.num_free
+        if short > 0 and self.radix is not None:
+            self.radix.evict(short)
+        pages = self.pool.take(need)
+        if pages is None:
+            return False
+        request.pages += pages
+        return True
+
+    def preempt(self, request: Request) -> None:
+        """Take a running request's pages and slot; it waits again, in its old place, with everything that it has said."""
+        self._index(request)
+        self.running.remove(request)
+        self._give_up(request)
+        request.state, request.num_computed = State.WAITING, 0
+        request.prompt_logprobs.clear()
+        request.prompt_top.clear()
+        self.num_preemptions += 1
+        self.add(request)
+
+    def chunk(self, request: Request, n: int, guesses: tuple[int, ...] = ()) -> Chunk:
+        """The next `n` known tokens of a running request and `guesses` behind them, whose pages are reserved."""
+        start = request.num_computed
+        history = None
+        if request.params.penalized:
+            history = (tuple(request.tokens[: request.prompt_len]), tuple(request.tokens[request.prompt_len :]))
+        following = tuple(request.tokens[start + 1 : start + n + 1]) if request.params.prompt_logprobs else ()
+        assert request.slot is not None
+        return Chunk(
+            request.request_id,
+            request.slot,
+            start,
+            tuple(request.tokens[start : start + n]) + guesses,
+            tuple(request.pages),
+            start + n == len(request.tokens),
+            request.num_generated,
+            request.seed,
+            request.params,
+            request.adapter,
+            history,
+            following,
+            request.allowed,
+            len(guesses),
+        )
 
     def finish(self, request: Request, reason: str) -> None:
         """End a request in any state and give its pages and slot back."""
@@ -146,25 +183,6 @@ class Scheduler:
             f"{owned} holds, but requests have {sum(held.values())} and the prefix cache {indexed}"
         )
 
-    def _admit(self, budget: int, chunks: list[Chunk]) -> int:
-        while self.waiting and budget > 0 and self._slots:
-            request = next((r for r in self.waiting if not r.blocked), None)
-            if request is None:
-                break
-            self._match_prefix(request)
-            n = min(len(request.tokens) - request.num_computed, budget)
-            if not self._reserve(request, n):
-                self.pool.release(request.pages)
-                request.pages, request.num_computed = [], 0
-                break
-            self.waiting.remove(request)
-            request.state, request.slot = State.RUNNING, self._slots.pop()
-            request.admitted = request.admitted or time.perf_counter()
-            self.running.append(request)
-            chunks.append(self._chunk(request, n))
-            budget -= n
-        return budget
-
     def _match_prefix(self, request: Request) -> None:
         """Start from the cached pages; the last token is always computed, because its logits are needed."""
         if self.radix is None or request.params.prompt_logprobs:
@@ -184,30 +202,6 @@ class Scheduler:
         left = request.params.max_tokens - request.num_generated - 1
         return request.lookup.propose(request.tokens, max(0, min(share, left, budget - 1)))
 
-    def _reserve(self, request: Request, n: int) -> bool:
-        """Give the request the pages that `n` more tokens need, evicting cached prefixes if that is enough."""
-        need = -(-(request.num_computed + n) // self.block_size) - len(request.pages)
-        if need <= 0:
-            return True
-        short = need - self.pool.num_free
-        if short > 0 and self.radix is not None:
-            self.radix.evict(short)
-        pages = self.pool.take(need)
-        if pages is None:
-            return False
-        request.pages += pages
-        return True
-
-    def _preempt(self, request: Request) -> None:
-        self._index(request)
-        self.running.remove(request)
-        self._give_up(request)
-        request.state, request.num_computed = State.WAITING, 0
-        request.prompt_logprobs.clear()
-        request.prompt_top.clear()
-        self.num_preemptions += 1
-        self.add(request)
-
     def _give_up(self, request: Request) -> None:
         self.pool.release(request.pages)
         request.pages = []
@@ -218,30 +212,6 @@ class Scheduler:
     def _index(self, request: Request) -> None:
         if self.radix is not None:
             self.radix.insert(_namespace(request), request.tokens[: request.num_computed], request.pages)
-
-    def _chunk(self, request: Request, n: int, guesses: tuple[int, ...] = ()) -> Chunk:
-        start = request.num_computed
-        history = None
-        if request.params.penalized:
-            history = (tuple(request.tokens[: request.prompt_len]), tuple(request.tokens[request.prompt_len :]))
-        following = tuple(request.tokens[start + 1 : start + n + 1]) if request.params.prompt_logprobs else ()
-        assert request.slot is not None
-        return Chunk(
-            request.request_id,
-            request.slot,
-            start,
-            tuple(request.tokens[start : start + n]) + guesses,
-            tuple(request.pages),
-            start + n == len(request.tokens),
-            request.num_generated,
-            request.seed,
-            request.params,
-            request.adapter,
-            history,
-            following,
-            request.allowed,
-            len(guesses),
-        )
 
 
 def _namespace(request: Request) -> str:

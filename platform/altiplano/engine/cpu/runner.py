@@ -10,9 +10,9 @@ from altiplano.engine.config import EngineConfig, read_config
 from altiplano.engine.cpu.model import Batch, Llama
 from altiplano.engine.errors import AdapterError
 from altiplano.engine.masks import forbid
+from altiplano.engine.plan import Chunk, StepPlan
 from altiplano.engine.prompt_scores import with_prompt
 from altiplano.engine.runner import Drawn
-from altiplano.engine.scheduler import Chunk, StepPlan
 from altiplano.engine.weights import load_weights, random_weights
 from altiplano_kernels.sampling import reference as sampling
 

@@ -6,8 +6,8 @@ import torch
 
 from altiplano.engine.masks import forbid
 from altiplano.engine.params import SamplingParams
+from altiplano.engine.plan import Chunk
 from altiplano.engine.runner import Drawn
-from altiplano.engine.scheduler import Chunk
 from altiplano_kernels.sampling import reference as sampling
 
 

@@ -16,9 +16,9 @@ from altiplano.engine.config import EngineConfig
 from altiplano.engine.core import Engine, TokenOutput
 from altiplano.engine.cuda import drawing
 from altiplano.engine.cuda.runner import CudaRunner, Ticket
+from altiplano.engine.plan import Chunk
 from altiplano.engine.request import Request, State
 from altiplano.engine.runner import Drawn
-from altiplano.engine.scheduler import Chunk
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,14 @@ class OverlappedEngine(Engine):
             if request.state is not State.RUNNING:
                 continue
             if computing:
-                chunks.append(scheduler._chunk(request, n))
+                chunks.append(scheduler.chunk(request, n))
                 budget -= n
             else:
                 decodes.append(request)
         chunks = [c for c in chunks if self._requests[c.request_id].state is State.RUNNING]
         decodes = [r for r in decodes if r.state is State.RUNNING]
         if not preempted and budget > 0:
-            scheduler._admit(budget, chunks)
+            scheduler.admit(budget, chunks)
         if chunks:
             flights += self._launch_chunks(chunks)
         if decodes:
@@ -121,9 +121,9 @@ class OverlappedEngine(Engine):
     def _reserve(self, request: Request, n: int) -> bool:
         """Pages for n more tokens; takes them from the last in order if it must. False if anybody was preempted."""
         scheduler, untouched = self._scheduler, True
-        while not scheduler._reserve(request, n):
+        while not scheduler.reserve(request, n):
             victim = scheduler.running[-1]
-            scheduler._preempt(victim)
+            scheduler.preempt(victim)
             self._live.discard(victim)
             untouched = False
             if victim is request:
@@ -145,7 +145,7 @@ class OverlappedEngine(Engine):
         times = max(self._wanted(request, burst) for request in requests)
         fresh = [request for request in requests if request not in self._live]
         if fresh:
-            self._cuda.launch_state([self._scheduler._chunk(request, 1) for request in fresh])
+            self._cuda.launch_state([self._scheduler.chunk(request, 1) for request in fresh])
         slots = []
         for request in requests:
             assert request.slot is not None

@@ -16,9 +16,9 @@ from altiplano.engine.cuda.model import CudaLlama, Groups
 from altiplano.engine.cuda.quantized import BITS, PackedWeights, pack_weights
 from altiplano.engine.cuda.slots import SlotTable
 from altiplano.engine.errors import AdapterError, EngineError
+from altiplano.engine.plan import Chunk, StepPlan
 from altiplano.engine.prompt_scores import with_prompt
 from altiplano.engine.runner import Drawn
-from altiplano.engine.scheduler import Chunk, StepPlan
 from altiplano.engine.weights import Weights, load_weights, random_weights
 from altiplano_kernels.few_rows.kernel import MOST_ROWS
 from altiplano_kernels.prefill_attention.kernel import list_tiles
