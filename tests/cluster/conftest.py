@@ -20,6 +20,14 @@ from support.releases import kubeconfig
 from altiplano import cli
 from altiplano.cluster import local_ray
 
+# A pipeline file for `altiplano deploy`.
+FILE = {
+    "model": {"model_name_or_path": "meta-llama/Llama-3.2-1B-Instruct"},
+    "data": {"datasets": [{"path": "train.jsonl"}], "eval_datasets": [{"path": "eval.jsonl"}]},
+    "run": {"name": "orders"},
+    "scaling": {"use_gpu": True},
+    "serve": {"max_model_len": 4096, "max_num_seqs": 128},
+}
 HEAD_POD = "trial-altiplano-jobs-head-abcde"
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import FILE
 from ray.serve.schema import ServeDeploySchema
 from support import charts, crds, operator_rules
 from support.charts import Object
@@ -15,14 +16,6 @@ from altiplano.pipeline.serving import with_adapter
 from altiplano.pipeline.stages.deploy import serve_settings
 from altiplano.serve.application import parse
 from altiplano.serve.application import serve_config as wanted_config
-
-FILE = {
-    "model": {"model_name_or_path": "meta-llama/Llama-3.2-1B-Instruct"},
-    "data": {"datasets": [{"path": "train.jsonl"}], "eval_datasets": [{"path": "eval.jsonl"}]},
-    "run": {"name": "orders"},
-    "scaling": {"use_gpu": True},
-    "serve": {"max_model_len": 4096, "max_num_seqs": 128},
-}
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Ran
+from conftest import FILE, Ran
 from stand_in import FullCluster
 
 from altiplano.cluster import processes
@@ -17,13 +17,6 @@ from altiplano.registry import Lineage, ModelRegistry, Tracker
 from altiplano.registry.server import start_server
 
 Altiplano = Callable[..., Ran]
-FILE = {
-    "model": {"model_name_or_path": "meta-llama/Llama-3.2-1B-Instruct"},
-    "data": {"datasets": [{"path": "train.jsonl"}], "eval_datasets": [{"path": "eval.jsonl"}]},
-    "run": {"name": "orders"},
-    "scaling": {"use_gpu": True},
-    "serve": {"max_model_len": 4096, "max_num_seqs": 128},
-}
 
 
 @pytest.fixture

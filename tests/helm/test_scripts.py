@@ -18,6 +18,8 @@ from sqlalchemy.engine import make_url
 from support import postgres
 from support.charts import CHART
 
+from altiplano.cluster.processes import free_port
+
 FILES = CHART / "files"
 START = runpy.run_path(str(FILES / "start_mlflow.py"), run_name="start_mlflow")
 CHECK = runpy.run_path(str(FILES / "check_release.py"), run_name="check_release")
@@ -78,7 +80,8 @@ def test_mlflow_understands_its_settings_and_options(tmp_path: Path) -> None:
     assert not any(postgres.PASSWORD in word for word in command)
 
 
-def test_mlflow_starts_on_postgresql_and_wants_a_login(database: postgres.Database, tmp_path: Path, free_port: int) -> None:
+def test_mlflow_starts_on_postgresql_and_wants_a_login(database: postgres.Database, tmp_path: Path) -> None:
+    port = free_port()
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("MLFLOW")},
         **DATABASE,
@@ -87,7 +90,7 @@ def test_mlflow_starts_on_postgresql_and_wants_a_login(database: postgres.Databa
         "DATABASE_SSLMODE": "disable",
         "ARTIFACTS_DESTINATION": str(tmp_path / "artifacts"),
         "MLFLOW_WORKERS": "1",
-        "MLFLOW_PORT": str(free_port),
+        "MLFLOW_PORT": str(port),
         "MLFLOW_SERVER_ALLOWED_HOSTS": "localhost:*,127.0.0.1:*",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_AUTH_CONFIG_PATH": str(tmp_path / "basic_auth.ini"),
@@ -96,7 +99,7 @@ def test_mlflow_starts_on_postgresql_and_wants_a_login(database: postgres.Databa
         "MLFLOW_FLASK_SERVER_SECRET_KEY": "x" * 32,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    base = f"http://127.0.0.1:{free_port}"
+    base = f"http://127.0.0.1:{port}"
     log = (tmp_path / "log").open("w")
     server = subprocess.Popen(
         [sys.executable, FILES / "start_mlflow.py"], env=environment, stdout=log, stderr=log, start_new_session=True
@@ -197,21 +200,12 @@ def test_a_service_behind_a_login_answers(code: int, wrong: str | None) -> None:
         assert CHECK["answers"](url) == wrong
 
 
-def test_the_release_test_names_what_is_wrong(free_port: int) -> None:
+def test_the_release_test_names_what_is_wrong() -> None:
     with _answering(200) as good:
-        services = [f"mlflow={good}", f"endpoint=http://127.0.0.1:{free_port}/health"]
+        services = [f"mlflow={good}", f"endpoint=http://127.0.0.1:{free_port()}/health"]
         done = subprocess.run(
             [sys.executable, FILES / "check_release.py", "0", *services], capture_output=True, text=True, timeout=30, check=False
         )
     assert done.returncode == 1
     assert f"mlflow: answers ({good})" in done.stdout
     assert "endpoint: <urlopen error [Errno 111] Connection refused>" in done.stdout
-
-
-@pytest.fixture
-def free_port() -> int:
-    """A port that nobody listens on."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
-    server.server_close()
-    port: int = server.server_address[1]
-    return port

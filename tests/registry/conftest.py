@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -13,14 +12,9 @@ from typing import Any
 import psutil
 import pytest
 
+from altiplano.cluster.processes import free_port
 from altiplano.registry import Lineage
 from altiplano.registry.server import ServerInfo, start_server
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def stop(info: ServerInfo) -> None:

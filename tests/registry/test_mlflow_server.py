@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from altiplano.cluster.processes import free_port
 from altiplano.models.manifest import ManifestError, write_manifest
 from altiplano.registry import LateSink, MlflowSink, ModelRegistry, RegistryUnavailableError, Tracker
 from altiplano.registry.server import MlflowServerError, ServerInfo, start_server
 
-from .conftest import free_port, lineage, stop
+from .conftest import lineage, stop
 
 FLUSH_S = 60.0
 

@@ -4,8 +4,6 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from altiplano.cli.console import Output, OutputOption, err, hint, out, print_json, table
+from altiplano.cli.job_places import JobPlaces
 from altiplano.cli.plans import (
     RELEASE,
     ContextOption,
@@ -22,12 +21,12 @@ from altiplano.cli.plans import (
     ReleaseOption,
     YesOption,
     agreed,
-    release_of,
 )
 
 if TYPE_CHECKING:
-    from altiplano.cluster.jobs import Job, RayJobs
+    from altiplano.cluster.jobs import Job
     from altiplano.cluster.kube import Object
+    from altiplano.cluster.rayjob import JobWish
 
 
 class Target(StrEnum):
@@ -101,6 +100,7 @@ def submit(
     output: OutputOption = Output.text,
 ) -> None:
     """Start a job and print its id."""
+    places = JobPlaces(context, namespace, release, dashboard_url)
     made = name or f"job-{time.strftime('%m%d-%H%M%S')}"
     command = shlex.join(entrypoint)
     variables, amounts = (
@@ -125,12 +125,12 @@ def submit(
             retries,
             queue,
         )
-        started = _submit_ray_job(wish, context, namespace, release, dry_run=dry_run, yes=yes, output=output)
+        started = _submit_ray_job(wish, places, dry_run=dry_run, yes=yes, output=output)
     else:
         if workers or deadline is not None or retries or queue is not None:
             raise ValueError("--workers, --deadline, --retries and --queue are for --to rayjob")
         folder = None if working_dir is None else Path(working_dir)
-        with _standing(context, namespace, release, dashboard_url) as ray_jobs:
+        with places.standing() as ray_jobs:
             if dry_run:
                 _tell_upload(folder, command, ray_jobs.list(), output)
                 return
@@ -151,7 +151,7 @@ def submit(
     else:
         out.print(made, markup=False)
     if follow:
-        _follow(made, context, namespace, release, dashboard_url)
+        _follow(made, places)
     elif output is Output.text:
         hint(f"follow it: altiplano jobs logs -f {made}")
 
@@ -165,7 +165,7 @@ def list_jobs(
     output: OutputOption = Output.text,
 ) -> None:
     """List jobs of the standing cluster, and RayJobs."""
-    rows, problems = _all_jobs(context, namespace, release, dashboard_url)
+    rows, problems = _all_jobs(JobPlaces(context, namespace, release, dashboard_url))
     if output is Output.json:
         print_json({"jobs": rows, "problems": problems})
     else:
@@ -192,10 +192,11 @@ def logs(
     dashboard_url: DashboardOption = None,
 ) -> None:
     """Print what a job has printed."""
+    places = JobPlaces(context, namespace, release, dashboard_url)
     if follow:
-        _follow(job_id, context, namespace, release, dashboard_url)
+        _follow(job_id, places)
         return
-    with _cluster_of(job_id, context, namespace, release, dashboard_url) as (ray_jobs, submission):
+    with places.cluster_of(job_id) as (ray_jobs, submission):
         sys.stdout.write(ray_jobs.log(submission))
 
 
@@ -210,13 +211,14 @@ def stop(
     yes: YesOption = False,
 ) -> None:
     """Stop a job. A RayJob whose cluster is not up yet is deleted."""
-    if dashboard_url is None and (waiting := _waiting_ray_job(job_id, context, namespace, release)) is not None:
+    places = JobPlaces(context, namespace, release, dashboard_url)
+    if places.is_waiting(job_id):
         err.print(f"RayJob {job_id} has no running cluster: it is deleted, with what was started for it", markup=False)
         if agreed("Delete it?", dry_run=dry_run, yes=yes):
-            waiting()
+            places.delete(job_id)
             out.print(f"deleted {job_id}", markup=False)
         return
-    with _cluster_of(job_id, context, namespace, release, dashboard_url) as (ray_jobs, submission):
+    with places.cluster_of(job_id) as (ray_jobs, submission):
         job = ray_jobs.get(submission)
         err.print(f"{job_id} is {job.status}: {job.entrypoint}", markup=False)
         if not agreed("Stop it?", dry_run=dry_run, yes=yes):
@@ -225,42 +227,9 @@ def stop(
     out.print(f"stopping {job_id}; its checkpoints stay" if stopped else f"{job_id} had ended", markup=False)
 
 
-@contextmanager
-def _standing(context: str | None, namespace: str | None, release: str, dashboard_url: str | None) -> Iterator["RayJobs"]:
-    """The job API of the cluster that takes jobs."""
-    from altiplano.cluster.jobs import RayJobs
-    from altiplano.cluster.ray_token import token_of_environment
-
-    if dashboard_url is not None:
-        with RayJobs(dashboard_url, token_of_environment()) as ray_jobs:
-            yield ray_jobs
-        return
-    found = release_of(context, namespace, release)
-    with found.ray_jobs(found.jobs_cluster()) as ray_jobs:
-        yield ray_jobs
-
-
-@contextmanager
-def _cluster_of(
-    job_id: str, context: str | None, namespace: str | None, release: str, dashboard_url: str | None
-) -> Iterator[tuple["RayJobs", str]]:
-    """The job API of the cluster that has this job, and the id that Ray has for it."""
-    if dashboard_url is None:
-        from altiplano.cluster.kube import RAY_JOB
-
-        found = release_of(context, namespace, release)
-        manifest = found.kube.get(RAY_JOB, job_id)
-        if manifest is not None:
-            with found.ray_jobs(found.cluster_of_job(job_id)) as ray_jobs:
-                yield ray_jobs, manifest["status"].get("jobId") or job_id
-            return
-    with _standing(context, namespace, release, dashboard_url) as ray_jobs:
-        yield ray_jobs, job_id
-
-
-def _follow(job_id: str, context: str | None, namespace: str | None, release: str, dashboard_url: str | None) -> None:
+def _follow(job_id: str, places: JobPlaces) -> None:
     """Print until the job ends; leave with its exit code."""
-    with _cluster_of(job_id, context, namespace, release, dashboard_url) as (ray_jobs, submission):
+    with places.cluster_of(job_id) as (ray_jobs, submission):
         try:
             for piece in ray_jobs.follow(submission):
                 sys.stdout.write(piece)
@@ -279,13 +248,11 @@ def _code(job: "Job") -> int:
     return 0 if job.status == "SUCCEEDED" else job.exit_code or FAILED
 
 
-def _submit_ray_job(
-    wish: Any, context: str | None, namespace: str | None, release: str, *, dry_run: bool, yes: bool, output: Output
-) -> bool:
+def _submit_ray_job(wish: "JobWish", places: JobPlaces, *, dry_run: bool, yes: bool, output: Output) -> bool:
     from altiplano.cluster.kube import RAY_JOB
     from altiplano.cluster.rayjob import gpus_of, ray_job
 
-    found = release_of(context, namespace, release)
+    found = places.release
     manifest = ray_job(found.jobs_cluster(), wish)
     # The server's own checks, before anybody is asked.
     found.kube.create(RAY_JOB, manifest, dry_run=True)
@@ -305,32 +272,19 @@ def _submit_ray_job(
     return True
 
 
-def _waiting_ray_job(job_id: str, context: str | None, namespace: str | None, release: str) -> Callable[[], None] | None:
-    """How to delete a RayJob that has no cluster that could be asked; None for every other job."""
-    from altiplano.cluster.kube import RAY_JOB
-
-    found = release_of(context, namespace, release)
-    manifest = found.kube.get(RAY_JOB, job_id)
-    if manifest is None or manifest.get("status", {}).get("jobStatus") in ("PENDING", "RUNNING"):
-        return None
-    return lambda: found.kube.delete(RAY_JOB, job_id)
-
-
-def _all_jobs(
-    context: str | None, namespace: str | None, release: str, dashboard_url: str | None
-) -> tuple[list[dict[str, Any]], list[str]]:
+def _all_jobs(places: JobPlaces) -> tuple[list[dict[str, Any]], list[str]]:
     """Jobs of both kinds, the newest first, and what could not be asked."""
     rows: list[dict[str, Any]] = []
     problems: list[str] = []
-    if dashboard_url is None:
+    if places.on_kubernetes:
         from altiplano.cluster.kube import RAY_JOB
 
-        rows += [_row_of_ray_job(manifest) for manifest in release_of(context, namespace, release).kube.find(RAY_JOB)]
+        rows += [_row_of_ray_job(manifest) for manifest in places.release.kube.find(RAY_JOB)]
     try:
-        with _standing(context, namespace, release, dashboard_url) as ray_jobs:
+        with places.standing() as ray_jobs:
             rows += [_row(job) for job in ray_jobs.list()]
     except (ConnectionError, ValueError) as error:
-        if dashboard_url is not None:
+        if not places.on_kubernetes:
             raise
         problems.append(str(error))
     return sorted(rows, key=lambda row: row["started"] or float("inf"), reverse=True), problems

@@ -22,7 +22,7 @@ def forwarded(kube: Kube, pod: str, port: int) -> Iterator[str]:
     Raises:
         ClusterUnreachableError: the API server does not open a stream to the pod.
     """
-    _open(kube, pod, port).close()
+    _leave(_open(kube, pod, port), port)
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=_serve, args=(listener, kube, pod, port), daemon=True)
     thread.start()
@@ -76,9 +76,35 @@ def _open(kube: Kube, pod: str, port: int) -> Any:
     # A client of its own: the library swaps a method of the client while it opens the stream.
     core = CoreV1Api(ApiClient(kube.api.configuration))
     try:
-        return portforward(core.connect_get_namespaced_pod_portforward, pod, kube.namespace, ports=str(port))
+        stream = portforward(core.connect_get_namespaced_pod_portforward, pod, kube.namespace, ports=str(port))
+        _close_whole(stream.websocket)
+        return stream
     except ApiException as error:
         raise ClusterUnreachableError(
             f"no way to port {port} of pod {pod} ({str(error.reason).splitlines()[0]}): is the pod running, and may you forward ports "
             f"(`kubectl auth can-i create pods/portforward -n {kube.namespace}`)?"
         ) from error
+
+
+def _leave(stream: Any, port: int) -> None:
+    """End a stream that was only tried. Its thread is told before its socket goes: what the pod may have said has nowhere to go."""
+    near = stream.socket(port)
+    with contextlib.suppress(OSError):
+        near.shutdown(socket.SHUT_WR)
+        while near.recv(CHUNK):
+            pass
+    stream.close()
+
+
+def _close_whole(websocket: Any) -> None:
+    """Have the socket closed too when the server is the first to leave: the library then takes it for closed and lets it leak."""
+    close = websocket.close
+
+    def both() -> None:
+        close()
+        websocket.shutdown()
+
+    websocket.close = both
+    # The library's thread has begun: it may be past the call.
+    if not websocket.connected:
+        websocket.shutdown()

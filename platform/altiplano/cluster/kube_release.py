@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from altiplano.cluster.jobs import DASHBOARD_PORT, RayJobs
-from altiplano.cluster.kube import POD, RAY_CLUSTER, RAY_JOB, RAY_SERVICE, SECRET, ClusterUnreachableError, Kube, Object
+from altiplano.cluster.kube import POD, RAY_CLUSTER, RAY_SERVICE, SECRET, ClusterUnreachableError, Kube, Object
 from altiplano.cluster.kube_forward import forwarded
 
 INSTANCE = "app.kubernetes.io/instance"
@@ -53,20 +53,17 @@ class Release:
             raise NotInstalledError(self._missing("endpoint", "endpoint.enabled"))
         return found[0]
 
-    def cluster_of_job(self, name: str) -> Object:
-        """The RayCluster in which the RayJob `name` runs.
+    def cluster_of_job(self, job: Object) -> Object:
+        """The RayCluster in which a RayJob runs.
 
         Raises:
-            NotInstalledError: there is no such job, or its cluster is gone or not there yet.
+            NotInstalledError: it is gone or not there yet.
         """
-        job = self.kube.get(RAY_JOB, name)
-        if job is None:
-            raise NotInstalledError(f"namespace {self.kube.namespace} has no RayJob {name}: `altiplano jobs list` has the names")
-        cluster = self.kube.get(RAY_CLUSTER, job.get("status", {}).get("rayClusterName") or "-")
+        status = job.get("status", {})
+        cluster = self.kube.get(RAY_CLUSTER, status.get("rayClusterName") or "-")
         if cluster is None:
-            status = job.get("status", {})
             raise NotInstalledError(
-                f"RayJob {name} has no cluster now (it is {status.get('jobDeploymentStatus', 'not started')}): a log lives as long as its "
+                f"RayJob {job['metadata']['name']} has no cluster now (it is {status.get('jobDeploymentStatus', 'not started')}): a log lives as long as its "
                 "cluster; keep it with --keep-for"
             )
         return cluster

@@ -2,13 +2,14 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from altiplano.cluster.processes import free_port
 
 # Every character that an address, a shell or a settings file could take for its own.
 PASSWORD = "a%b@c:d/e?f'g\"h $i"
@@ -57,9 +58,7 @@ def running(folder: Path) -> Iterator[Database]:
             [folder / "initdb", "-D", directory, "-U", "mlflow", "-A", "scram-sha-256", f"--pwfile={password}", "--no-sync"],
             user=user, cwd=data, check=True, capture_output=True, timeout=60,
         )  # fmt: skip
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories={data} -c fsync=off"
         subprocess.run(
             [folder / "pg_ctl", "-D", directory, "-w", "-l", data / "log", "-o", options, "start"],
