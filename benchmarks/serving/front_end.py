@@ -7,6 +7,7 @@ python benchmarks/serving/front_end.py bare --step-s 0.02   # nothing but uvicor
 
 import argparse
 import asyncio
+import gc
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -68,6 +69,8 @@ async def serve(kind: str, step_s: float | None) -> None:
         listening.bind(("127.0.0.1", 0))
         listening.listen(1024)
         # What Ray Serve gives its replicas' uvicorn: serve/_private/http_util.py.
+        gc.collect()
+        gc.freeze()
         server = uvicorn.Server(uvicorn.Config(app, loop="uvloop", lifespan="off", access_log=False, log_config=None))  # type: ignore[arg-type]
         serving = asyncio.create_task(server.serve([listening]))
         print(listening.getsockname()[1], flush=True)

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from altiplano.serve import messages as m
 from altiplano.serve.metrics import Labels
 
 from .conftest import Server
@@ -105,6 +106,29 @@ def test_clients_that_leave_free_their_pages_at_once(guarded: Guarded, body: dic
     assert generated() - before < 16 * 400  # nobody's answer was computed to its end
     used = guarded.run(guarded.generator.client.stats())
     assert used["kv_cache_held"] == 0
+
+
+def test_what_a_slow_reader_has_not_taken_is_counted_when_it_comes(guarded: Guarded) -> None:
+    class Count:
+        waits, tokens = 0, 0
+
+        def waited(self, seconds: float) -> None:
+            assert self.tokens == 0 and seconds >= 0
+            self.waits += 1
+
+        def saw(self, token: m.Token) -> None:
+            self.tokens += token.token_id is not None
+
+    count = Count()
+    stream = guarded.generator.client.generate("slow", [5, 6, 7], m.Sampling(max_tokens=50, ignore_eos=True), watch=count)
+
+    async def take_one() -> None:
+        await anext(stream)
+
+    guarded.run(take_one())
+    guarded.until(lambda: count.tokens == 50)
+    assert count.waits == 1
+    guarded.run(stream.aclose())
 
 
 def test_many_clients_come_and_go_and_the_endpoint_still_answers(guarded: Guarded) -> None:

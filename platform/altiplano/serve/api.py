@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import msgspec
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 
 from altiplano.serve.call import current_call
@@ -19,7 +19,7 @@ from altiplano.serve.generation import Generator
 from altiplano.serve.openapi import answers, body_of, describe
 from altiplano.serve.plain import DetokenizeRequest, GenerateRequest, TokenizeRequest, generated
 from altiplano.serve.protocol import ChatRequest, CompletionRequest
-from altiplano.serve.responses import as_api_error, events, whole
+from altiplano.serve.responses import EventStream, as_api_error, events, whole
 
 UNKNOWN_FIELDS = "x-altiplano-unknown-fields"
 ANSWER = ("id", "object", "created", "model", "choices", "usage")
@@ -128,7 +128,7 @@ async def _answer(
         if body.stream:
             stream = experiment.streamed(events(generator, body, prompts), refusable=refusable)
             first = await anext(stream)
-            return StreamingResponse(_resumed(first, stream), media_type="text/event-stream", headers=headers)
+            return EventStream(_resumed(first, stream), headers)
         return JSONResponse(shaped(await experiment.whole(whole(generator, body, prompts), refusable=refusable)), headers=headers)
     except (ApiError, RefusedError, EngineDiedError) as error:
         # Who is told that a test's arm has failed is told which arm it was.

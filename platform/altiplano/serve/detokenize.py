@@ -47,7 +47,6 @@ class TextStream:
         self._vocabulary, self._stops = vocabulary, stops
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
-        self.text = ""  # everything shown so far
         self.stopped = False
 
     def push(self, token_id: int) -> str:
@@ -58,12 +57,13 @@ class TextStream:
         """What was held back, at the end of the answer."""
         last = self._show(self._decoder.decode(b"", final=True))
         held, self._held = self._held, ""
-        self.text += held
         return last + held
 
     def _show(self, fresh: str) -> str:
         if self.stopped:
             return ""
+        if not self._stops:
+            return fresh
         pending = self._held + fresh
         found = [at for stop in self._stops if (at := pending.find(stop)) >= 0]
         if found:
@@ -72,7 +72,6 @@ class TextStream:
         else:
             keep = max((_overlap(pending, stop) for stop in self._stops), default=0)
             shown, self._held = pending[: len(pending) - keep], pending[len(pending) - keep :]
-        self.text += shown
         return shown
 
 

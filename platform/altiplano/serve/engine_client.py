@@ -8,9 +8,9 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from altiplano.serve import messages as m
 from altiplano.serve.settings import ServeSettings
@@ -29,14 +29,31 @@ class RefusedError(ValueError):
     """The engine does not take this request or adapter."""
 
 
+class Watch(Protocol):
+    """Who counts what the engine says of one request, at the moment it arrives: whoever waits for it may be slow."""
+
+    def waited(self, seconds: float) -> None:
+        """How long the engine let it wait before its first step; comes before its first news."""
+
+    def saw(self, token: m.Token) -> None:
+        """News from the engine."""
+
+
+class _Stream:
+    """News of one request until somebody takes them."""
+
+    def __init__(self, watch: Watch | None) -> None:
+        self.news: asyncio.Queue[m.Token | Exception] = asyncio.Queue()
+        self.watch = watch
+
+
 class EngineClient:
     """One engine process. All methods belong to one event loop."""
 
     def __init__(self, settings: ServeSettings) -> None:
         self._settings = settings
         self._adapters: dict[str, str] = {}
-        self._streams: dict[str, asyncio.Queue[m.Token | Exception]] = {}
-        self._waits: dict[str, float] = {}
+        self._streams: dict[str, _Stream] = {}
         self._calls: dict[int, asyncio.Future[m.Done]] = {}
         self._numbers = itertools.count()
         self._ready = asyncio.Event()
@@ -115,7 +132,8 @@ class EngineClient:
         namespace: str = "",
         grammar: str | None = None,
         priority: int = 0,
-    ) -> AsyncIterator[m.Token]:
+        watch: Watch | None = None,
+    ) -> AsyncGenerator[m.Token, None]:
         """Tokens of one request as they are drawn; `grammar` (llguidance's Lark) bounds what they say. Leaving the iterator early aborts the request.
 
         Raises:
@@ -124,13 +142,12 @@ class EngineClient:
         """
         if not self.ready:
             raise EngineDiedError("the engine is starting: try again in a moment")
-        stream: asyncio.Queue[m.Token | Exception] = asyncio.Queue()
-        self._streams[request_id] = stream
+        stream = self._streams[request_id] = _Stream(watch)
         self._send(m.Add(request_id, prompt, sampling, adapter, priority, namespace, grammar))
         finished = False
         try:
             while not finished:
-                news = await stream.get()
+                news = await stream.news.get()
                 if isinstance(news, Exception):
                     finished = True
                     raise news
@@ -138,7 +155,6 @@ class EngineClient:
                 yield news
         finally:
             self._streams.pop(request_id, None)
-            self._waits.pop(request_id, None)
             if not finished:
                 self._send(m.Abort(request_id))
 
@@ -219,15 +235,20 @@ class EngineClient:
 
     async def _take(self, report: m.Report) -> None:
         if isinstance(report, m.Step):
-            self._waits |= {name: seconds for name, seconds in report.waits.items() if name in self._streams}
+            for name, seconds in report.waits.items():
+                stream = self._streams.get(name)
+                if stream is not None and stream.watch is not None:
+                    stream.watch.waited(seconds)
             for token in report.tokens:
                 stream = self._streams.get(token.request_id)
                 if stream is not None:
-                    stream.put_nowait(token)
+                    if stream.watch is not None:
+                        stream.watch.saw(token)
+                    stream.news.put_nowait(token)
         elif isinstance(report, m.Refused):
             stream = self._streams.get(report.request_id)
             if stream is not None:
-                stream.put_nowait(RefusedError(report.error))
+                stream.news.put_nowait(RefusedError(report.error))
         elif isinstance(report, m.Done):
             future = self._calls.pop(report.call, None)
             if future is not None and not future.done():
@@ -262,7 +283,7 @@ class EngineClient:
     def _end_requests(self) -> None:
         died = EngineDiedError("the engine's process ended; it is starting again, repeat the request")
         for stream in self._streams.values():
-            stream.put_nowait(died)
+            stream.news.put_nowait(died)
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(died)

@@ -2,7 +2,8 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -207,29 +208,22 @@ class Generator:
             call.weights = BASE if adapter is None else adapter.id
         usage.prompt_tokens = sum(len(prompt) for prompt in prompts)
         plans = [(prompt, self.sampling(request, len(prompt)), copy) for prompt in prompts for copy in range(request.n)]
-        pieces: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
-        tasks = [
-            asyncio.create_task(self._one(index, prompt, _copy(sampling, copy), adapter, request, usage, pieces))
+        answers = [
+            self._answer(index, prompt, _copy(sampling, copy), adapter, request, usage)
             for index, (prompt, sampling, copy) in enumerate(plans)
         ]
-        running = len(tasks)
         mirror = self.experiment.mirror(self, request)
         self.adapters.hold(adapter)
         try:
-            while running:
-                piece = await pieces.get()
-                if isinstance(piece, BaseException):
-                    raise piece
-                running -= piece.finish_reason is not None
-                if mirror is not None:
-                    mirror.saw(piece)
-                yield piece
+            # One answer is passed on as it comes: a queue and a task between would cost as much as everything else here.
+            async with aclosing(answers[0] if len(answers) == 1 else _merged(answers)) as pieces:
+                async for piece in pieces:
+                    if mirror is not None:
+                        mirror.saw(piece)
+                    yield piece
             if mirror is not None:
                 mirror.begin(prompts[0])
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
             await self.adapters.release(adapter)
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
@@ -248,7 +242,7 @@ class Generator:
             self.experiment.configure(user_config)
             await self.adapters.use(loaded)
 
-    async def _one(
+    async def _answer(
         self,
         index: int,
         prompt: list[int],
@@ -256,15 +250,13 @@ class Generator:
         adapter: Adapter | None,
         request: ChatRequest | CompletionRequest,
         usage: Usage,
-        out: "asyncio.Queue[Piece | BaseException]",
-    ) -> None:
+    ) -> AsyncGenerator[Piece, None]:
         text = TextStream(self.vocabulary, request.stops)
         name = f"req-{uuid.uuid4().hex}"
         weights = None if adapter is None else adapter.id
-        tokens = self.client.generate(name, prompt, sampling, adapter=weights, grammar=request.grammar)
         # Copies of one prompt find each other's pages: what counts is what the first one found.
         uncounted = index % request.n == 0
-        try:
+        async with aclosing(self.client.generate(name, prompt, sampling, adapter=weights, grammar=request.grammar)) as tokens:
             async for token in tokens:
                 usage.cached_tokens += token.num_cached_tokens if uncounted else 0
                 uncounted = False
@@ -273,16 +265,38 @@ class Generator:
                 fresh = text.push(token.token_id) if token.token_id is not None and not ends else ""
                 reason = "stop" if text.stopped else token.finish_reason
                 fresh += text.finish() if reason is not None else ""
-                out.put_nowait(Piece(index, fresh, [] if ends else [token], reason, token))
+                if text.stopped and (call := current_call()) is not None:
+                    call.stopped.add(name)
+                yield Piece(index, fresh, [] if ends else [token], reason, token)
                 if reason is not None:
-                    call = current_call()
-                    if call is not None and text.stopped:
-                        call.stopped.add(name)
                     return
+
+
+async def _merged(answers: list[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
+    """Pieces of several answers, as they come; the first failure ends all."""
+    pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+
+    async def collect(answer: AsyncGenerator[Piece, None]) -> None:
+        try:
+            async with aclosing(answer):
+                async for piece in answer:
+                    pieces.put_nowait(piece)
         except Exception as error:
-            out.put_nowait(error)
-        finally:
-            await tokens.aclose()  # type: ignore[attr-defined]
+            pieces.put_nowait(error)
+
+    tasks = [asyncio.create_task(collect(answer)) for answer in answers]
+    running = len(tasks)
+    try:
+        while running:
+            piece = await pieces.get()
+            if isinstance(piece, Exception):
+                raise piece
+            running -= piece.finish_reason is not None
+            yield piece
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _names(user_config: Mapping[str, Any], key: str, served_model_name: str) -> dict[str, str]:

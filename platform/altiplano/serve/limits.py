@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -217,20 +216,16 @@ def check_schema(schema: Any, limits: spec.ServeLimits, param: str = "response_f
 
 def _fits(value: Any, max_depth: int, max_values: int) -> bool:
     # Level by level: recursion would end at Python's own limit, with its own error.
-    level, depth, values = [value], 0, 0
-    while level:
-        depth += 1
-        values += len(level)
+    containers: list[Any]
+    containers, depth, values = [[value]], 0, 0
+    while containers:
+        parts = [part for container in containers for part in (container.values() if isinstance(container, dict) else container)]
+        depth += bool(parts)
+        values += len(parts)
         if depth > max_depth or values > max_values:
             return False
-        level = [part for item in level for part in _parts(item)]
+        containers = [part for part in parts if isinstance(part, dict | list)]
     return True
-
-
-def _parts(value: Any) -> Iterable[Any]:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else ()
 
 
 def _too_many(what: str, wait_s: float, code: str = "rate_limit_exceeded") -> ApiError:

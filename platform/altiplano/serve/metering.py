@@ -1,7 +1,7 @@
 """What passes between front end and engine, counted: tokens against quotas, latencies, prefix hits, cost."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -16,10 +16,12 @@ TELL_EVERY = 16  # tokens: Prometheus's counters take a lock each time
 class MeteredEngineClient(EngineClient):
     """An engine client that counts every answer for the call it belongs to, and keeps the keys' cached prefixes apart."""
 
-    async def generate(self, request_id: str, prompt: list[int], sampling: m.Sampling, **more: Any) -> AsyncIterator[m.Token]:
+    async def generate(
+        self, request_id: str, prompt: list[int], sampling: m.Sampling, **more: Any
+    ) -> AsyncGenerator[m.Token, None]:
         call = current_call()
         if call is None:
-            async with aclosing(super().generate(request_id, prompt, sampling, **more)) as plain:  # type: ignore[type-var]
+            async with aclosing(super().generate(request_id, prompt, sampling, **more)) as plain:
                 async for token in plain:
                     yield token
             return
@@ -29,11 +31,8 @@ class MeteredEngineClient(EngineClient):
         answer = Answer(call, more.get("adapter"), len(prompt))
         call.unfinished[request_id] = lambda: self._send(m.Abort(request_id))
         try:
-            async with aclosing(super().generate(request_id, prompt, sampling, **more)) as tokens:  # type: ignore[type-var]
+            async with aclosing(super().generate(request_id, prompt, sampling, watch=answer, **more)) as tokens:
                 async for token in tokens:
-                    if request_id in self._waits:
-                        answer.waited(self._waits.pop(request_id))
-                    answer.saw(token)
                     yield token
         except (GeneratorExit, asyncio.CancelledError):
             # A stop string was found, or the client is gone.

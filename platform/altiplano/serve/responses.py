@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from altiplano import __version__
 from altiplano.serve.call import current_call
@@ -56,16 +58,39 @@ async def events(generator: Generator, request: Request, prompts: list[list[int]
             chunk = choices[piece.index].chunk(piece)
             if chunk is not None:
                 yield _event(frame | {"choices": [chunk]} | empty)
-        if with_usage:
-            yield _event(frame | {"choices": [], "usage": usage.body()})
+        last = _event(frame | {"choices": [], "usage": usage.body()}) if with_usage else b""
     except (EngineDiedError, RefusedError, ApiError) as error:
         if not begun:
             raise
         failure, call = as_api_error(error), current_call()
         if call is not None:
             call.error = failure.code or "stream_failed"  # the status was sent long ago: the log has to say it
-        yield _event(failure.body())
-    yield DONE
+        last = _event(failure.body())
+    yield last + DONE
+
+
+class EventStream(Response):
+    """Server-sent events as they come. The last one closes the answer, so that it costs no message of its own.
+
+    Nothing here looks whether the client is still there: `Connection` does, and cancels.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes], headers: dict[str, str]) -> None:
+        self._events = events
+        self.status_code, self.background = 200, None
+        self.init_headers(headers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        last = b""
+        async for event in self._events:
+            if event.endswith(DONE):
+                last = event
+            else:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
 def as_api_error(error: Exception) -> ApiError:
