@@ -1,5 +1,6 @@
 """Small Llamas made on the spot, and the one that ships."""
 
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,11 +25,11 @@ def cria() -> LlamaForCausalLM:
     return AutoModelForCausalLM.from_pretrained(cria_path(), dtype=torch.float32)
 
 
-def make_llama(directory: Path, seed: int = 0, *, tied: bool = False) -> LlamaForCausalLM:
+def make_llama(directory: Path, seed: int = 0, *, tied: bool = False, vocab: int = VOCAB) -> LlamaForCausalLM:
     """A random Llama whose logits differ enough that greedy choices are never ties."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         hidden_size=48,
         intermediate_size=96,
         num_hidden_layers=3,
@@ -87,3 +88,15 @@ def make_adapter(directory: Path, seed: int, kind: str) -> PeftModel:
             parameter.data *= 1 + 0.3 * torch.randn_like(parameter)
     tuned.save_pretrained(directory)
     return tuned
+
+
+def make_draft(model: LlamaForCausalLM, directory: Path, *, dropped: int = 0, noise: float = 0.05) -> LlamaForCausalLM:
+    """Save a draft for `model` in `directory`: fewer layers, the others a little disturbed; it is often right and often wrong."""
+    draft = copy.deepcopy(model)
+    draft.model.layers = draft.model.layers[: len(draft.model.layers) - dropped]
+    draft.config.num_hidden_layers -= dropped
+    torch.manual_seed(9)
+    for parameter in draft.parameters():
+        parameter.data += noise * parameter.data.std() * torch.randn_like(parameter)
+    draft.save_pretrained(directory)
+    return draft

@@ -19,7 +19,7 @@ class Feature:
 
 FEATURES = (
     Feature("prefix cache", "the same prompts again, from cached pages", settings={"enable_prefix_caching": True}),
-    Feature("chunked prefill", "7 tokens a step", settings={"max_num_batched_tokens": 7}),
+    Feature("chunked prefill", "17 tokens a step", settings={"max_num_batched_tokens": 17}),
     Feature(
         "preemption",
         "pages for a third of what five requests need",
@@ -28,6 +28,12 @@ FEATURES = (
     Feature("priorities", "the last to come goes first"),
     Feature("abort", "a neighbour leaves in mid-answer"),
     Feature("speculation", "guesses at the next tokens, every third of them wrong", settings={"num_speculative_tokens": 4}),
+    Feature("draft model", "another model guesses, and is often wrong", settings={"num_speculative_tokens": 3}),
+    Feature(
+        "ITL target",
+        "no more prompt tokens beside a decode than fit into half a millisecond",
+        settings={"itl_target_ms": 0.5},
+    ),
     Feature("LoRA", "every other request with an adapter", adapter="lora"),
     Feature("DoRA", "every other request with an adapter that has magnitudes", adapter="dora"),
     Feature("seed", "temperature 0.9 with a seed", params={"temperature": 0.9, "seed": 11}),
@@ -46,13 +52,22 @@ FEATURES = (
     Feature("prompt logprobs", "of every token of the prompt", params={"prompt_logprobs": True}),
     Feature("structured output", "eight tokens to choose from at every step", params={"structured": True}),
 )
-REFUSED = {frozenset({"min tokens", "structured output"}): "the grammar decides where an answer ends"}
-PAIRS = tuple(combinations(FEATURES, 2))
+REFUSED = {
+    frozenset({"min tokens", "structured output"}): "the grammar decides where an answer ends",
+}
+ALTERNATIVES = {frozenset({"speculation", "draft model"}): "guesses come from the text itself or from a model"}
+PAIRS = tuple(pair for pair in combinations(FEATURES, 2) if frozenset(feature.name for feature in pair) not in ALTERNATIVES)
 COMMAND = "python tests/engine/features.py > docs/features.md"
 
 
 def is_refused(pair: tuple[Feature, Feature]) -> bool:
     return frozenset(feature.name for feature in pair) in REFUSED
+
+
+def mark(pair: tuple[Feature, Feature]) -> str:
+    if pair not in PAIRS:
+        return "or"
+    return "✗" if is_refused(pair) else "✓"
 
 
 def docs_page() -> str:
@@ -67,12 +82,14 @@ def docs_page() -> str:
     ]
     lines += ["| | " + " | ".join(str(i + 1) for i in range(len(FEATURES) - 1)) + " |", "|---|" + "---|" * (len(FEATURES) - 1)]
     for row, feature in enumerate(FEATURES):
-        marks = ["✗" if is_refused((FEATURES[column], feature)) else "✓" for column in range(row)]
+        marks = [mark((FEATURES[column], feature)) for column in range(row)]
         lines.append(f"| {row + 1} {feature.name} | " + " | ".join(marks + [""] * (len(FEATURES) - 1 - row)) + " |")
     lines += ["", "What each one is in these tests:", ""]
     lines += [f"{i + 1}. {feature.name}: {feature.about}" for i, feature in enumerate(FEATURES)]
     lines += ["", "Refused:", ""]
     lines += [f"- {' with '.join(sorted(names))}: {why}" for names, why in REFUSED.items()]
+    lines += ["", "One or the other (or):", ""]
+    lines += [f"- {' and '.join(sorted(names))}: {why}" for names, why in ALTERNATIVES.items()]
     return "\n".join(lines) + "\n"
 
 

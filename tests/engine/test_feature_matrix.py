@@ -1,20 +1,22 @@
 """Every two features of the engine together answer what a plain loop over transformers' logits answers."""
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import LlamaForCausalLM
 
-from altiplano.engine import Engine, EngineConfig, SamplingParams, core
+from altiplano.engine import Engine, EngineConfig, SamplingParams
+from altiplano.engine.guessing import Wants
+from altiplano.engine.request import Request
 from altiplano_kernels.sampling.reference import sample
 
-from .conftest import VOCAB, bits, make_adapter
+from .conftest import VOCAB, bits, make_adapter, make_draft
 from .features import COMMAND, PAIRS, Feature, docs_page, is_refused
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +42,7 @@ class World:
     """One model, its two adapters, and what the plain loop has answered so far."""
 
     directory: Path
+    draft: Path
     adapters: dict[str, Path]
     models: dict[str | None, Model]
     known: dict[Key, Answer] = field(default_factory=dict)
@@ -77,7 +80,9 @@ def world(llama: tuple[Path, LlamaForCausalLM], tmp_path_factory: pytest.TempPat
         folder = tmp_path_factory.mktemp(name)
         tuned = make_adapter(folder, seed, name)
         adapters[name], models[name] = folder, logits(tuned)
-    return World(directory, adapters, models)
+    draft = tmp_path_factory.mktemp("draft")
+    make_draft(base, draft)
+    return World(directory, draft, adapters, models)
 
 
 def plain_loop(model: Model, prompt: list[int], request: int, params: SamplingParams) -> Answer:
@@ -123,27 +128,22 @@ def plain_loop(model: Model, prompt: list[int], request: int, params: SamplingPa
 class Foresight:
     """Guesses what the plain loop has answered, but for every third guess."""
 
-    answers: ClassVar[list[tuple[list[int], list[int]]]] = []
+    def __init__(self, answers: list[tuple[list[int], list[int]]]) -> None:
+        self._answers, self._made = answers, 0
 
-    def __init__(self, most: int) -> None:
-        self.most, self.made = most, 0
-        self.seen: list[tuple[int, int]] = []
+    def propose(self, wants: Wants, budget: int) -> list[tuple[int, ...]]:
+        return [self._of(request.tokens, min(4, limit)) for request, limit in wants]
 
-    def propose(self, tokens: list[int], limit: int) -> tuple[int, ...]:
-        found = [
-            answer for prompt, answer in self.answers if (prompt + answer)[: len(tokens)] == tokens and len(tokens) > len(prompt)
-        ]
-        if not found:
-            return ()
-        whole = next(prompt + answer for prompt, answer in self.answers if answer is found[0])
+    def _of(self, tokens: list[int], limit: int) -> tuple[int, ...]:
+        whole = next((p + answer for p, answer in self._answers if (p + answer)[: len(tokens)] == tokens), [])
         guesses = []
-        for token in whole[len(tokens) : len(tokens) + min(self.most, limit)]:
-            self.made += 1
-            guesses.append(token if self.made % 3 else (token + 1) % VOCAB)
+        for token in whole[len(tokens) : len(tokens) + limit]:
+            self._made += 1
+            guesses.append(token if self._made % 3 else (token + 1) % VOCAB)
         return tuple(guesses)
 
-    def observe(self, proposed: int, accepted: int) -> None:
-        self.seen.append((proposed, accepted))
+    def observe(self, request: Request, proposed: int, accepted: int) -> None:
+        assert 0 <= accepted <= proposed
 
 
 def settings_of(pair: tuple[Feature, Feature]) -> SamplingParams:
@@ -181,17 +181,25 @@ def run(engine: Engine, names: set[str], params: SamplingParams, adapters: list[
     return told
 
 
+def make_engine(world: World, pair: tuple[Feature, Feature], answers: list[tuple[list[int], list[int]]]) -> Engine:
+    """On a clock of its own, so that nothing is found slow on a busy machine."""
+    ticks = itertools.count()
+    settings = ROOMY | dict(pair[0].settings) | dict(pair[1].settings)
+    names = {feature.name for feature in pair}
+    if "draft model" in names:
+        settings["speculative_model"] = world.draft
+    proposer = Foresight(answers) if names & {"speculation"} else None
+    return Engine(EngineConfig(world.directory, **settings), clock=lambda: next(ticks) / 1000, proposer=proposer)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("pair", PAIRS, ids=[f"{a.name}+{b.name}".replace(" ", "-") for a, b in PAIRS])
-def test_two_features_together(world: World, pair: tuple[Feature, Feature], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_features_together(world: World, pair: tuple[Feature, Feature]) -> None:
     if is_refused(pair):
         with pytest.raises(ValueError, match="structured"):
             settings_of(pair)
         return
     names, params = {feature.name for feature in pair}, settings_of(pair)
-    engine = Engine(EngineConfig(world.directory, **(ROOMY | dict(pair[0].settings) | dict(pair[1].settings))))  # type: ignore[arg-type]
     used = [feature.adapter for feature in pair if feature.adapter]
-    for name in used:
-        engine.load_adapter(name, world.adapters[name])
     choices = [None, *used]
     adapters = [choices[index % len(choices)] for index in range(REQUESTS)]
     expected = []
@@ -201,10 +209,11 @@ def test_two_features_together(world: World, pair: tuple[Feature, Feature], monk
             world.known[key] = plain_loop(world.models[adapters[index]], prompt, index, params)
         expected.append(world.known[key])
 
-    monkeypatch.setattr(core, "PromptLookup", Foresight)
-    monkeypatch.setattr(Foresight, "answers", [(p, answer.tokens) for p, answer in zip(prompts(), expected, strict=True)])
+    engine = make_engine(world, pair, [(p, answer.tokens) for p, answer in zip(prompts(), expected, strict=True)])
+    for name in used:
+        engine.load_adapter(name, world.adapters[name])
     told = run(engine, names, params, adapters, "")
-    if "speculation" in names:
+    if names & {"speculation", "draft model"}:
         # What a structured request may say next is known only step by step.
         assert (0 < engine.stats().accepted_tokens < engine.stats().guessed_tokens) == (not params.structured)
     if "prefix cache" in names:

@@ -31,9 +31,9 @@ class EngineConfig:
     load_format: str = "safetensors"  # or "dummy": random weights by config, for benchmarks
     kv_cache_dtype: str = "auto"  # or "bf16", "fp8", "int8": 8 bits have a scale per token and head; on a GPU only
     quantization: str = "none"  # or "int8", "int4": weights in groups of 128, made while loading; on a GPU only
-    num_speculative_tokens: int = (
-        0  # guessed per step from the request's own text (prompt lookup), when few requests run; on the CPU only
-    )
+    itl_target_ms: float | None = None  # a step that decodes takes no more prompt tokens than fit into it; on the CPU only
+    num_speculative_tokens: int = 0  # guessed per step when few requests run; on the CPU only
+    speculative_model: Path | None = None  # a smaller Llama that guesses; None: prompt lookup in the request's own text
     seed: int = 0
     debug: bool = False
 
@@ -54,6 +54,12 @@ class EngineConfig:
             raise ValueError(f"num_speculative_tokens must be between 0 and 32, not {self.num_speculative_tokens}")
         if self.num_speculative_tokens and self.device != "cpu":
             raise ValueError(f"num_speculative_tokens is for the CPU backend so far: set it to 0 on {self.device}")
+        if self.speculative_model is not None and not self.num_speculative_tokens:
+            raise ValueError("speculative_model guesses nothing with num_speculative_tokens 0: raise it, or leave the model out")
+        if self.itl_target_ms is not None and not 0 < self.itl_target_ms < float("inf"):
+            raise ValueError(f"itl_target_ms must be above 0 milliseconds, not {self.itl_target_ms}: leave it out for no target")
+        if self.itl_target_ms is not None and self.device != "cpu":
+            raise ValueError(f"itl_target_ms is for the CPU backend so far: leave it out on {self.device}")
         if self.load_format not in ("safetensors", "dummy"):
             raise ValueError(f"load_format must be safetensors or dummy, not {self.load_format!r}")
 

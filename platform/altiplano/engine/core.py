@@ -2,20 +2,22 @@
 
 import hashlib
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from altiplano.engine.config import EngineConfig
+from altiplano.engine.drafting import DraftProposer
 from altiplano.engine.errors import AdapterError, PromptTooLongError, UnknownAdapterError
+from altiplano.engine.guessing import LookupProposer, Payoff, Payoffs, Proposer, Wants
 from altiplano.engine.pages import PagePool
 from altiplano.engine.params import SamplingParams
-from altiplano.engine.plan import Chunk
+from altiplano.engine.plan import Chunk, StepPlan
 from altiplano.engine.radix import RadixIndex
 from altiplano.engine.request import Request
 from altiplano.engine.runner import Drawn, Runner
 from altiplano.engine.scheduler import Scheduler
-from altiplano.engine.speculation import PromptLookup
+from altiplano.engine.step_time import Step, StepTimes
 
 
 @dataclass(frozen=True)
@@ -58,31 +60,50 @@ class EngineStats:
     preemptions: int
     guessed_tokens: int
     accepted_tokens: int  # of the guessed ones
+    guessed_steps: int  # steps that had guesses in them
+    draft_seconds: float  # spent on making guesses; beside step_seconds
     steps: int
-    step_seconds: float
+    step_seconds: float  # inside the model
 
 
 class Engine:
-    """Synchronous and single-threaded: call `step` until `has_unfinished` is false.
+    """Synchronous and single-threaded: call `step` until `has_unfinished` is false. `clock`: seconds, from any zero.
 
     Raises:
         WeightsError: the model directory cannot be used.
     """
 
-    def __init__(self, config: EngineConfig, runner: Runner | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: Runner | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        proposer: Proposer | None = None,
+    ) -> None:
         self.config = config
         self.runner = runner or _make_runner(config)
+        self._clock = clock
+        self._proposer = proposer or _make_proposer(config, self.runner.vocab_size)
         self._pool = PagePool(config.num_blocks)
         self._radix = RadixIndex(self._pool, config.block_size) if config.enable_prefix_caching else None
         self._scheduler = Scheduler(
-            self._pool, self._radix, config.block_size, config.max_num_seqs, config.max_num_batched_tokens
+            self._pool,
+            self._radix,
+            config.block_size,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            guess=self._guess if self._proposer else None,
+            prompt_limit=self._prompt_limit if config.itl_target_ms is not None else None,
+            clock=clock,
         )
+        self._times, self._payoffs = StepTimes(), Payoffs()
+        self._asked: tuple[Payoff, bool] | None = None  # who has decided on this step's guesses, and what
         self._requests: dict[str, Request] = {}
         self._adapters: dict[str, Path] = {}
         self._news: list[TokenOutput] = []
         self._arrivals = self._prompt_tokens = self._generated = self._cached = self._steps = 0
-        self._guessed = self._accepted = 0
-        self._seconds = 0.0
+        self._guessed = self._accepted = self._guessed_steps = 0
+        self._seconds = self._draft_seconds = 0.0
 
     @property
     def adapters(self) -> list[str]:
@@ -117,8 +138,7 @@ class Engine:
             adapter,
             priority,
             namespace,
-            arrived=time.perf_counter(),
-            lookup=self._lookup(params),
+            arrived=self._clock(),
         )
         self._requests[request_id] = request
         self._scheduler.add(request)
@@ -147,18 +167,20 @@ class Engine:
     def step(self) -> list[TokenOutput]:
         """Compute one step and return its news."""
         news, self._news = self._news, []
+        started, before, self._asked = self._clock(), self._generated, None
         plan = self._scheduler.plan()
         if not plan.chunks:
             return news
-        started = time.perf_counter()
+        computing = self._clock()
         results = self.runner.execute(plan)
-        self._seconds += time.perf_counter() - started
+        self._seconds += self._clock() - computing
         self._steps += 1
         for chunk, drawn in zip(plan.chunks, results, strict=True):
             request = self._requests[chunk.request_id]
             request.prompt_logprobs += drawn.prompt_logprobs
             request.prompt_top += drawn.prompt_top
             news += self._take(request, chunk, drawn)
+        self._learn(plan, self._generated - before, self._clock() - started)
         if self.config.debug:
             self._scheduler.check()
         return news
@@ -203,6 +225,8 @@ class Engine:
             preemptions=self._scheduler.num_preemptions,
             guessed_tokens=self._guessed,
             accepted_tokens=self._accepted,
+            guessed_steps=self._guessed_steps,
+            draft_seconds=self._draft_seconds,
             steps=self._steps,
             step_seconds=self._seconds,
         )
@@ -252,24 +276,45 @@ class Engine:
         if adapter is not None and adapter not in self._adapters:
             raise UnknownAdapterError(f"no adapter {adapter!r} is loaded; loaded: {', '.join(self.adapters) or 'none'}")
 
-    def _lookup(self, params: SamplingParams) -> PromptLookup | None:
-        # What a structured request may say after a guess is known only once the guess is right.
-        return (
-            PromptLookup(self.config.num_speculative_tokens)
-            if self.config.num_speculative_tokens and not params.structured
-            else None
-        )
+    def _prompt_limit(self, decodes: int) -> int:
+        assert self.config.itl_target_ms is not None
+        return self._times.prompt_limit(decodes, self.config.itl_target_ms / 1000)
+
+    def _guess(self, wants: Wants, budget: int) -> list[tuple[int, ...]]:
+        """Guesses where they pay."""
+        assert self._proposer is not None
+        payoff = self._payoffs.of(len(wants))
+        decision = payoff.decide()
+        self._asked = payoff, decision
+        if not decision:
+            return [()] * len(wants)
+        started = self._clock()
+        found = self._proposer.propose(wants, budget)
+        self._draft_seconds += self._clock() - started
+        return found
+
+    def _learn(self, plan: StepPlan, tokens: int, seconds: float) -> None:
+        """Book what a step has taken, and what it has brought."""
+        decodes = [chunk for chunk in plan.chunks if chunk.sample and len(chunk.tokens) - chunk.num_guesses == 1]
+        guessed = any(chunk.num_guesses for chunk in decodes)
+        self._guessed_steps += guessed
+        if self._asked is not None and len(decodes) == len(plan.chunks):
+            payoff, decision = self._asked
+            payoff.observe(decision, tokens / len(decodes), seconds)
+        if self.config.itl_target_ms is not None and (self._asked is None or not self._asked[1]):
+            self._times.observe(Step(plan.num_tokens - len(decodes), len(decodes), seconds))
 
     def _take(self, request: Request, chunk: Chunk, drawn: Drawn) -> list[TokenOutput]:
         """Book what a chunk has brought."""
         draws = [*drawn.accepted, drawn]
+        if chunk.num_guesses:
+            assert self._proposer is not None
+            self._proposer.observe(request, chunk.num_guesses, len(drawn.accepted))
+            self._guessed += chunk.num_guesses
         self._scheduler.advance(request, chunk, draws[0].token)
         if draws[0].token is None:
             return []
         request.allowed = None
-        if request.lookup is not None and chunk.num_guesses:
-            request.lookup.observe(chunk.num_guesses, len(drawn.accepted))
-            self._guessed += chunk.num_guesses
         news = [self._book(request, draws[0])]
         for draw in draws[1:]:
             if news[-1].finish_reason is not None:
@@ -320,6 +365,15 @@ def _make_runner(config: EngineConfig) -> Runner:
     from altiplano.engine.cpu.runner import CpuRunner  # torch is needed from here on only
 
     return CpuRunner(config)
+
+
+def _make_proposer(config: EngineConfig, vocab_size: int) -> Proposer | None:
+    if not config.num_speculative_tokens:
+        return None
+    if config.speculative_model is None:
+        return LookupProposer(config.num_speculative_tokens)
+    draft = replace(config, model=config.speculative_model, speculative_model=None, num_speculative_tokens=0, itl_target_ms=None)
+    return DraftProposer(_make_runner(draft), vocab_size, config)
 
 
 def _seed(base: int, arrival: int) -> int:

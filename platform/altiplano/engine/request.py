@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from altiplano.engine.params import SamplingParams
-from altiplano.engine.speculation import PromptLookup
+from altiplano.engine.speculation import Caution, PromptLookup
 
 
 class State(Enum):
@@ -47,7 +47,9 @@ class Request:
     finish_reason: str | None = None
     arrived: float = 0.0  # seconds of time.perf_counter
     admitted: float | None = None  # for the first time
-    lookup: PromptLookup | None = None  # guesses at its next tokens
+    lookup: PromptLookup | None = None  # guesses at its next tokens from its own text
+    caution: Caution | None = None  # how many tokens a draft model may guess
+    num_drafted: int = 0  # tokens that a draft model has computed, in the same pages
     allowed: bytes | None = None  # of a structured request: a bit per token that may come next, lowest bit first
 
     @property

@@ -7,6 +7,7 @@ holds at least one request of the longest length: every request ends.
 """
 
 import time
+from collections.abc import Callable, Sequence
 
 from altiplano.engine.pages import PagePool
 from altiplano.engine.plan import Chunk, StepPlan
@@ -17,14 +18,32 @@ from altiplano.engine.request import Request, State
 SPECULATIVE_ROWS = 16
 
 
+# Guesses for requests with so many places each; the last number is what catching up may cost in tokens.
+Guess = Callable[[Sequence[tuple[Request, int]], int], list[tuple[int, ...]]]
+
+
 class Scheduler:
-    """Queues, slots and pages of all requests."""
+    """Queues, slots and pages of all requests.
+
+    `guess` is asked for guesses at the tokens after a decode. `prompt_limit(decodes)` limits the tokens of prompts in a step that
+    also decodes, so that nobody waits too long for the next token. `clock`: seconds, for the time of admission.
+    """
 
     def __init__(
-        self, pool: PagePool, radix: RadixIndex | None, block_size: int, max_num_seqs: int, max_num_batched_tokens: int
+        self,
+        pool: PagePool,
+        radix: RadixIndex | None,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        *,
+        guess: Guess | None = None,
+        prompt_limit: Callable[[int], int] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.pool, self.radix, self.block_size = pool, radix, block_size
         self.budget = max_num_batched_tokens
+        self._guess, self._prompt_limit, self._clock = guess, prompt_limit, clock
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self._slots = list(range(max_num_seqs - 1, -1, -1))
@@ -38,16 +57,18 @@ class Scheduler:
         """Choose the tokens of the next step and reserve their pages. Empty only when no request is there or all are blocked."""
         budget, chunks, preempted = self.budget, list[Chunk](), list[str]()
         self.running.sort(key=lambda r: r.order)
+        prompts = self._prompt_budget()
         index = 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
             if request.blocked:
                 index += 1
                 continue
-            n = min(len(request.tokens) - request.num_computed, budget)
-            guesses = self._guesses(request, budget)
-            if guesses and not self.reserve(request, n + len(guesses)):
-                guesses = ()  # nobody is preempted for a guess
+            rest = len(request.tokens) - request.num_computed
+            n = min(rest, budget) if rest == 1 else min(rest, budget, prompts)
+            if n == 0:
+                index += 1
+                continue
             while not self.reserve(request, n):
                 victim = self.running[-1]
                 self.preempt(victim)
@@ -55,12 +76,17 @@ class Scheduler:
                 if victim is request:
                     break
             else:
-                chunks.append(self.chunk(request, n, guesses))
-                budget -= n + len(guesses)
+                chunks.append(self.chunk(request, n))
+                budget -= n
+                prompts -= n if rest > 1 else 0
                 index += 1
         # Who was preempted in this very step would only be thrown out again.
         if not preempted:
-            budget = self.admit(budget, chunks)
+            admitted = min(budget, prompts)
+            left = self.admit(admitted, chunks)
+            budget, prompts = budget - admitted + left, prompts - admitted + left
+        if self._guess is not None:
+            self._add_guesses(self._guess, chunks, budget, prompts)
         return StepPlan(tuple(chunks), tuple(preempted))
 
     def advance(self, request: Request, chunk: Chunk, token: int | None) -> None:
@@ -96,7 +122,8 @@ class Scheduler:
                 break
             self.waiting.remove(request)
             request.state, request.slot = State.RUNNING, self._slots.pop()
-            request.admitted = request.admitted or time.perf_counter()
+            if request.admitted is None:
+                request.admitted = self._clock()
             self.running.append(request)
             chunks.append(self.chunk(request, n))
             budget -= n
@@ -194,17 +221,39 @@ class Scheduler:
         if request.num_generated == 0:
             request.num_cached_tokens = request.num_computed
 
-    def _guesses(self, request: Request, budget: int) -> tuple[int, ...]:
-        """What may follow the one token that a request has to compute; nothing while many requests share the step."""
-        if request.lookup is None or len(request.tokens) - request.num_computed != 1 or request.num_generated == 0:
-            return ()
-        share = (SPECULATIVE_ROWS - len(self.running)) // len(self.running)
-        left = request.params.max_tokens - request.num_generated - 1
-        return request.lookup.propose(request.tokens, max(0, min(share, left, budget - 1)))
+    def _prompt_budget(self) -> int:
+        """Tokens of prompts that this step may compute, over all requests."""
+        decodes = sum(not r.blocked and len(r.tokens) - r.num_computed == 1 for r in self.running)
+        if self._prompt_limit is None or not decodes:
+            return self.budget
+        return max(1, min(self._prompt_limit(decodes), self.budget - decodes))
+
+    def _add_guesses(self, guess: Guess, chunks: list[Chunk], budget: int, catch_up: int) -> None:
+        """Put guesses behind decodes; nothing while many requests share the step, and nobody is preempted for a guess."""
+        if self._prompt_limit is not None and any(len(chunk.tokens) > 1 for chunk in chunks):
+            return  # a step beside a prompt has no time to spare
+        share = (SPECULATIVE_ROWS - len(self.running)) // len(self.running) if self.running else 0
+        of = {request.request_id: request for request in self.running}
+        wants, places = list[tuple[Request, int]](), list[int]()
+        for place, chunk in enumerate(chunks):
+            request = of[chunk.request_id]
+            limit = min(share, request.params.max_tokens - request.num_generated - 1, budget)
+            # What a structured request may say after a guess is known only once the guess is right.
+            if limit < 1 or len(chunk.tokens) > 1 or not chunk.sample or not chunk.generated or request.params.structured:
+                continue
+            if self.reserve(request, 1 + limit):
+                wants.append((request, limit))
+                places.append(place)
+                budget -= limit
+        if not wants:
+            return
+        for place, (request, _), guesses in zip(places, wants, guess(wants, catch_up), strict=True):
+            if guesses:
+                chunks[place] = self.chunk(request, 1, guesses)
 
     def _give_up(self, request: Request) -> None:
         self.pool.release(request.pages)
-        request.pages = []
+        request.pages, request.num_drafted = [], 0
         assert request.slot is not None
         self._slots.append(request.slot)
         request.slot = None

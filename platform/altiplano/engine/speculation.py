@@ -9,29 +9,19 @@ LONGEST, SHORTEST = 3, 2
 MAX_REST = 64
 
 
-class PromptLookup:
-    """Guesses for one request, `most` tokens at a time. Learns when guessing does not pay: pauses get longer the more often it fails."""
+class Caution:
+    """How many tokens to guess for one request, at most `most`: more after right guesses, fewer and after longer and longer pauses after wrong ones."""
 
     def __init__(self, most: int) -> None:
         self._most = self._length = most
-        self._after: dict[tuple[int, ...], int] = {}  # where the token after the latest of these words is
-        self._known = 0
         self._rest = self._misses = 0
 
-    def propose(self, tokens: list[int], limit: int) -> tuple[int, ...]:
-        """Up to `limit` guesses at what follows `tokens`, which has only grown since the last call."""
-        for end in range(max(self._known, SHORTEST), len(tokens)):
-            for n in range(SHORTEST, min(LONGEST, end) + 1):
-                self._after[tuple(tokens[end - n : end])] = end
-        self._known = len(tokens)
+    def allowance(self) -> int:
+        """Guesses for the next step; 0 during a pause, which every call makes shorter."""
         if self._rest:
             self._rest -= 1
-            return ()
-        for n in range(LONGEST, SHORTEST - 1, -1):
-            at = self._after.get(tuple(tokens[-n:])) if len(tokens) >= n else None
-            if at is not None:
-                return _from(tokens, at, min(self._length, limit))
-        return ()
+            return 0
+        return self._length
 
     def observe(self, proposed: int, accepted: int) -> None:
         """How many of the last guesses were right."""
@@ -42,6 +32,32 @@ class PromptLookup:
             self._misses += 1
             self._length = max(1, self._length // 2)
             self._rest = min(2**self._misses, MAX_REST)
+
+
+class PromptLookup:
+    """Guesses for one request from its own text, `most` tokens at a time."""
+
+    def __init__(self, most: int) -> None:
+        self._caution = Caution(most)
+        self._after: dict[tuple[int, ...], int] = {}  # where the token after the latest of these words is
+        self._known = 0
+
+    def propose(self, tokens: list[int], limit: int) -> tuple[int, ...]:
+        """Up to `limit` guesses at what follows `tokens`, which has only grown since the last call."""
+        for end in range(max(self._known, SHORTEST), len(tokens)):
+            for n in range(SHORTEST, min(LONGEST, end) + 1):
+                self._after[tuple(tokens[end - n : end])] = end
+        self._known = len(tokens)
+        length = min(self._caution.allowance(), limit)
+        for n in range(LONGEST, SHORTEST - 1, -1):
+            at = self._after.get(tuple(tokens[-n:])) if len(tokens) >= n else None
+            if at is not None:
+                return _from(tokens, at, length)
+        return ()
+
+    def observe(self, proposed: int, accepted: int) -> None:
+        """How many of the last guesses were right."""
+        self._caution.observe(proposed, accepted)
 
 
 def _from(tokens: list[int], at: int, count: int) -> tuple[int, ...]:
