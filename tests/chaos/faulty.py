@@ -4,6 +4,7 @@ Ray Serve imports `build` by name. Everything else is the product's own code.
 """
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from dataclasses import asdict
@@ -22,7 +23,8 @@ FAULT = "fault.json"
 
 
 class FaultyClient(MeteredEngineClient):
-    """Adapters with {"fails": share} fail for that share of requests, those with {"late_s": seconds} begin so much later."""
+    """Adapters with {"fails": share} fail for that share of requests, those with {"late_s": seconds} begin so much later, and those
+    with {"refused": 1} are not taken by the first replica that is asked to."""
 
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)
@@ -32,6 +34,10 @@ class FaultyClient(MeteredEngineClient):
     async def load_adapter(self, name: str, path: str) -> None:
         fault = Path(path) / FAULT
         self._faults[name] = json.loads(fault.read_text()) if fault.exists() else {}
+        if self._faults[name].get("refused"):
+            with contextlib.suppress(FileExistsError):
+                Path(f"{path}.refused").touch(exist_ok=False)
+                raise ValueError("this replica has no room for it")
         await super().load_adapter(name, path)
 
     async def generate(self, request_id: str, prompt: list[int], sampling: m.Sampling, **more: Any) -> AsyncIterator[m.Token]:

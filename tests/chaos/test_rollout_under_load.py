@@ -17,11 +17,12 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 from tests.registry.conftest import lineage
-from tests.serve.conftest import make_adapter
+from tests.serve.conftest import make_adapter, make_base
 
 from altiplano import spec
 from altiplano.cluster import processes
 from altiplano.cluster.processes import free_port
+from altiplano.data.templates import ChatTemplate
 from altiplano.models.manifest import write_manifest
 from altiplano.pipeline import services
 from altiplano.pipeline.rollouts import EXPERIMENT
@@ -29,10 +30,11 @@ from altiplano.registry import ModelRegistry, Tracker
 from altiplano.registry.server import start_server
 from altiplano.serve import ServeControl
 from altiplano.serve.application import START_TIMEOUT_S, serve_config
+from altiplano.serve.control import RefusedConfigError
 from altiplano.serve.evidence import AbClient
 from altiplano.serve.rollout_store import Saved, Store
 
-from .conftest import SETTINGS, Platform, Traffic, eventually, running_ray
+from .conftest import SETTINGS, Platform, Traffic, eventually, port_of, running_ray
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -70,15 +72,16 @@ class Site:
         found = self.store.load()
         return found is not None and found.plan.version == version and found.state.phase.ended
 
-    def offer(self, fault: dict[str, float] | None = None) -> int:
-        """A new version of the model, which goes wrong as `fault` says."""
+    def offer(self, fault: dict[str, float] | None = None, base: Path | None = None, verdict: str = "promote") -> int:
+        """A new version of the model with the gate's verdict, which goes wrong as `fault` says, on cria or another base."""
         seed = len(self.registry.versions(MODEL)) + 1
-        adapter = make_adapter(self.folder / f"{seed}", seed)
+        adapter = make_adapter(self.folder / f"{seed}", seed, base)
         if fault is not None:
             (adapter / FAULT).write_text(json.dumps(fault))
             write_manifest(adapter)
         run = Tracker(self.tracking_uri, "training", str(self.folder / "spool")).start_run(f"train-{seed}", "train")
-        return self.registry.register(adapter, MODEL, run.run_id, lineage(), tags={"gate": "promote"}, params={"r": 4})
+        facts = {"base_model": str(base), "base_digest": "another", "template_digest": ChatTemplate().digest} if base else {}
+        return self.registry.register(adapter, MODEL, run.run_id, lineage(**facts), tags={"gate": verdict}, params={"r": 4})
 
     def command(self, *words: str) -> list[str]:
         places = ["-w", str(self.workspace), "--url", self.platform.url, "--tracking-uri", self.tracking_uri]
@@ -208,6 +211,76 @@ def test_the_alias_moves_a_rollout_begins_and_a_bad_challenger_is_back_at_nothin
     assert watcher.poll() is None
     eventually(lambda: site.saved.run_id is not None, 60)
     _is_recorded(site, site.saved.run_id, "rolled_back")
+
+
+def test_what_the_gate_has_rejected_is_rolled_out_only_with_a_reason_which_is_recorded(site: Site) -> None:
+    version = site.offer(verdict="reject")
+    refused = site.rollout("start", "--version", str(version), *QUICK)
+    assert refused.returncode == 2 and "--override REASON" in refused.stderr
+    begun = site.rollout("start", "--version", str(version), *QUICK, "--override", "its guard task is void", "-o", "json")
+    assert begun.returncode == 0, begun.stderr
+    eventually(lambda: site.saved.run_id is not None, PATIENCE_S)
+    assert site.registry.versions(MODEL)[0].tags["gate_override"].endswith(": its guard task is void")
+    site.store.ask("rollback")
+    eventually(lambda: site.ended(version), PATIENCE_S)
+    run_id = site.saved.run_id or ""
+    run = eventually(lambda: (r := MlflowClient(site.tracking_uri).get_run(run_id)).info.status == "FINISHED" and r, 60)
+    assert run.data.params["override"].endswith(": its guard task is void")
+
+
+def test_one_replica_of_two_that_refuses_a_change_brings_the_one_before_back_on_both(site: Site) -> None:
+    control, adapter = site.platform.control, make_adapter(site.folder / "refused", 99)
+    (adapter / FAULT).write_text('{"refused": 1}')
+    write_manifest(adapter)
+    before = control.get_user_config()
+    wanted = before | {"adapters": before["adapters"] | {"new": str(adapter)}, "aliases": before["aliases"] | {"fresh": "new"}}
+
+    def models() -> list[set[str]]:
+        urls = [f"http://127.0.0.1:{port_of(pid)}/v1/models" for pid in site.platform.replicas()]
+        return [{model["id"] for model in httpx.get(url, timeout=60).json()["data"]} for url in urls]
+
+    known = models()
+    with Traffic(site.platform.url, parallel=4, max_tokens=4, model="champion") as traffic:
+        with pytest.raises(RefusedConfigError, match="no room"):
+            control.set_user_config(wanted)
+        assert control.get_user_config() == before and models() == known
+        control.set_user_config(wanted)  # now both have room
+        assert models() == [names | {"new", "fresh"} for names in known]
+        control.set_user_config(before)
+    assert traffic.broken == []
+
+
+def test_a_challenger_with_another_base_has_a_deployment_of_its_own_and_takes_over_without_a_failed_request(site: Site) -> None:
+    base = make_base(site.folder / "base", seed=7)
+    control = site.platform.control
+    champion = control.get_user_config()["aliases"]["champion"]
+    bad = site.offer({"fails": 1.0}, base)
+    with Traffic(site.platform.url, parallel=4, max_tokens=4, model="champion") as traffic:
+        assert site.rollout("start", "--version", str(bad), *QUICK).returncode == 0
+        eventually(lambda: site.ended(bad), 2 * PATIENCE_S)
+        assert site.saved.state.phase == "rolled_back" and "error rate" in site.saved.state.reason, site.saved.history
+        failed = len(traffic.broken)
+        eventually(lambda: traffic.arms[-50:] == [None] * 50, PATIENCE_S)
+    assert failed == len(traffic.broken) > 0 and all("broken" in text for _, text in traffic.broken), traffic.broken[-3:]
+    assert control.get_user_config()["aliases"]["champion"] == champion
+    eventually(lambda: set(control.status()["applications"]) == {"altiplano"}, PATIENCE_S)
+
+    good = site.offer(None, base)
+    with Traffic(site.platform.url, parallel=4, max_tokens=4, model="champion") as traffic:
+        begun = site.rollout("start", "--version", str(good), *QUICK, "-o", "json")
+        assert begun.returncode == 0, begun.stderr
+        assert json.loads(begun.stdout)["plan"]["apart"]["model"] == str(base)
+        eventually(lambda: site.ended(good), 2 * PATIENCE_S)
+        seen = len(traffic.arms)
+        eventually(lambda: len(traffic.arms) > seen + 100, PATIENCE_S)
+    assert site.saved.state.phase == "promoted", site.saved.history
+    assert traffic.broken == [] and set(traffic.statuses) == {200}
+    assert {"champion", "challenger"} <= set(traffic.arms)
+    assert control.get_user_config()["aliases"]["champion"] == f"{MODEL}-{good}"
+    eventually(lambda: set(control.status()["applications"]) == {"altiplano-2"}, PATIENCE_S)
+    assert httpx.get(f"{site.platform.url}/v1/models", timeout=60).json()["data"][0]["id"] == str(base)
+    eventually(lambda: site.saved.run_id is not None, 60)
+    _is_recorded(site, site.saved.run_id, "promoted")
 
 
 def _previous(site: Site) -> dict[str, str]:

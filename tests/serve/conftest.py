@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -15,7 +16,7 @@ import torch
 import uvicorn
 from openai import OpenAI
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from altiplano.data.templates import ChatTemplate
 from altiplano.models.cria import cria_path
@@ -29,14 +30,26 @@ from altiplano.serve.settings import ServeSettings
 PATIENCE_S = 120.0  # what takes longer has failed, on the busiest machine too
 
 
-def make_adapter(directory: Path, seed: int) -> Path:
-    """An adapter for cria that changes what it says."""
+def make_adapter(directory: Path, seed: int, base_path: Path | None = None) -> Path:
+    """An adapter for cria, or another base, that changes what it says."""
     torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_pretrained(cria_path(), dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(base_path or cria_path(), dtype=torch.float32)
     settings = LoraConfig(r=4, lora_alpha=64, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(base, settings).save_pretrained(directory)
     (directory / "README.md").unlink(missing_ok=True)
     write_manifest(directory)
+    return directory
+
+
+def make_base(directory: Path, seed: int) -> Path:
+    """A base of cria's family, with fewer layers and weights of its own."""
+    torch.manual_seed(seed)
+    config = AutoConfig.from_pretrained(cria_path())
+    config.num_hidden_layers -= 1
+    config.layer_types = None
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(cria_path() / name, directory)
     return directory
 
 

@@ -51,6 +51,19 @@ def test_a_weight_that_rises_draws_keys_to_its_arm_only(salt: str, wanted: dict[
         assert two.assign(key) in (one.assign(key), arm)
 
 
+@settings(max_examples=25, deadline=None)
+@given(salts, weights.filter(lambda found: "challenger" in found))
+def test_where_an_arm_is_answered_changes_nobodys_arm(salt: str, wanted: dict[str, int]) -> None:
+    here = Arms.of({"salt": salt, "weights": wanted})
+    apart = Arms.of({"salt": salt, "weights": wanted, "elsewhere": {"challenger": "altiplano-2"}})
+    there = Arms.of({"salt": salt, "weights": wanted, "only": "challenger"})
+    for key in KEYS[:500]:
+        assert apart.assign(key) == here.assign(key)
+        assert there.assign(key) == "challenger"
+    assert there.test_id == here.test_id and {arm: there.share(arm) for arm in wanted} == {arm: here.share(arm) for arm in wanted}
+    assert apart.divided or not wanted["challenger"], "answers from memory would be the champion's"
+
+
 def test_the_order_and_the_unit_of_weights_do_not_matter_and_the_salt_does() -> None:
     one = Arms.of({"salt": "a-salt-of-a-test", "weights": {"champion": 95, "challenger": 5}})
     two = Arms.of({"salt": "a-salt-of-a-test", "weights": {"challenger": 0.05, "champion": 0.95}})

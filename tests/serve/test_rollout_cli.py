@@ -1,5 +1,6 @@
 """`altiplano rollout` and `altiplano ab` as scripts use them: JSON, and exit codes that say what is wrong."""
 
+import getpass
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ import pytest
 
 from altiplano.cli import app as command_line
 from altiplano.cluster.processes import free_port
+from altiplano.serve.evidence import Notebook
+from altiplano.serve.outcomes import ArmOutcomes
 from altiplano.serve.rollout import CHALLENGER, CHAMPION, Plan, State, promoted
 from altiplano.serve.rollout_store import Store
 
@@ -116,9 +119,30 @@ def test_status_shows_the_rollout_and_commands_wait_for_its_controller(tmp_path:
     assert code == 0 and "asked for: pause" in out and "no controller is running" in err
     with store.controlled():
         code, _, err = altiplano("rollout", "promote", "-w", tmp_path)
+        assert (
+            code == 2 and "not all budgets look kept (error rate: 0 of the challenger's requests" in err and "--override" in err
+        )
+        assert altiplano("rollout", "promote", "-w", tmp_path, "--override", " ")[0] == 2
+        code, _, err = altiplano("rollout", "promote", "-w", tmp_path, "--override", "the old one leaks names")
     assert code == 0 and err == ""
-    assert store.taken() == "promote", "the last word counts"
+    verb, reason = store.taken() or ("", "")
+    assert verb == "promote", "the last word counts"
+    assert reason.startswith(f"promoted by {getpass.getuser()}: the old one leaks names (against: error rate")
 
     saved.state = promoted(State())
     store.save(saved)
     assert altiplano("rollout", "status", "-w", tmp_path)[1].startswith("orders-2 against orders-1: promoting, 100 %")
+
+
+def test_a_promotion_that_nothing_speaks_against_needs_no_reason(tmp_path: Path, altiplano: Callable[..., Any]) -> None:
+    store = Store(tmp_path / "rollout")
+    saved = store.begin(PLAN, time.time())
+    sums = ArmOutcomes(requests=400)
+    for metric in (sums.ttft, sums.tokens_per_s):
+        for value in range(400):
+            metric.add_log(1 + value % 3)
+    saved.notebook = Notebook(latest={"a replica": {CHAMPION: sums, CHALLENGER: sums}})
+    store.save(saved)
+    code, _, err = altiplano("rollout", "promote", "-w", tmp_path)
+    assert code == 0 and "override" not in err
+    assert store.taken() == ("promote", f"promoted by {getpass.getuser()}")

@@ -20,7 +20,8 @@ from altiplano.serve.engine_client import RefusedError
 from altiplano.serve.evidence import AbClient, NoEvidenceError, Reading
 from altiplano.serve.outcomes import Outcomes
 from altiplano.serve.rollout import Phase, Plan, State
-from altiplano.serve.rollout_controller import ChampionMovedError, Controller, configured
+from altiplano.serve.rollout_config import ChampionMovedError, configured
+from altiplano.serve.rollout_controller import Controller
 from altiplano.serve.rollout_store import NoRolloutError, RolloutBusyError, Saved, Store
 
 from .conftest import Server, make_adapter
@@ -219,12 +220,13 @@ def test_a_controller_that_dies_is_continued_by_the_next_one(scene: Scene) -> No
     assert first.saved.state.live_since is not None
     second = scene.controller()
     assert second.saved.state == first.saved.state and second.saved.run_id == "run"
-    scene.store.ask("promote")
+    scene.store.ask("promote", "promoted by ada: the old one leaks names")
     scene.aliases.away = 1
     assert second.tick().phase is Phase.promoting and "MLflow does not answer" in second.saved.state.reason
     assert scene.here.get_user_config()["arms"]["weights"] == {"champion": 0, "challenger": 100}
     third = scene.controller()
     assert third.tick().phase is Phase.promoted
+    assert "promoted by ada: the old one leaks names" in [move["reason"] for move in _saved(scene).history]
     assert scene.aliases.promoted == [("orders", 2)]
     assert scene.controller().tick().phase is Phase.promoted
 

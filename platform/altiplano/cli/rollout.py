@@ -1,5 +1,6 @@
 """`altiplano rollout`: a challenger gets more traffic step by step, and is promoted or taken back by what its requests show."""
 
+import getpass
 import os
 import subprocess
 import sys
@@ -37,6 +38,10 @@ PatienceOption = Annotated[
 ShadowOption = Annotated[
     float, typer.Option(min=0, max=1, help="Share of the champion's answers given again by the challenger, unseen.")
 ]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(help="Where replicas find the challenger's base, when it is not the champion's.", show_default=False),
+]
 STEPS, LOG = "5,25,50", "controller.log"
 NOT_PROMOTED = 3  # the code of a pipeline whose gate said no; its module would bring every stage
 
@@ -60,6 +65,10 @@ def start(
     max_rating_loss: RatingOption = 0.25,
     give_up_after: PatienceOption = None,
     shadow: ShadowOption = 0.0,
+    base_model: BaseOption = None,
+    override: Annotated[
+        str | None, typer.Option(help="Why a version is rolled out that the gate has rejected.", show_default=False)
+    ] = None,
     foreground: Annotated[bool, typer.Option("--foreground", help="Control it in this process until it ends.")] = False,
     workspace: WorkspaceOption = Path(".altiplano"),
     url: UrlOption = DEFAULT_URL,
@@ -75,7 +84,7 @@ def start(
         steps, bake, min_requests, max_error_increase, max_ttft_ratio, min_speed_ratio, max_rating_loss, give_up_after, shadow
     )
     site = _site(workspace, url, api_key, dashboard_url, tracking_uri)
-    made = plan(site, model, version, settings)
+    made = plan(site, model, version, settings, base_model, None if override is None else _signed(override))
     saved = site.store.begin(made, time.time())
     if foreground:
         _control(site, output)
@@ -103,9 +112,20 @@ def resume(workspace: WorkspaceOption = Path(".altiplano")) -> None:
 
 
 @rollout.command()
-def promote(workspace: WorkspaceOption = Path(".altiplano")) -> None:
-    """Make the challenger the champion now, whatever its budgets say."""
-    _ask("promote", workspace)
+def promote(
+    override: Annotated[str | None, typer.Option(help="Why now, though not all budgets look kept.", show_default=False)] = None,
+    workspace: WorkspaceOption = Path(".altiplano"),
+) -> None:
+    """Make the challenger the champion now. Against the evidence only with a reason, which is recorded with your name."""
+    from altiplano.serve.rollout import doubts
+
+    saved = _saved(_store(workspace))
+    against = "; ".join(doubts(saved.plan, saved.notebook.outcomes()))
+    if against and override is None:
+        raise ValueError(f"not all budgets look kept ({against}): wait, or say why it has to be now with --override REASON")
+    who = getpass.getuser()
+    reason = f"promoted by {who}" if override is None else f"promoted by {_signed(override)}"
+    _ask("promote", workspace, f"{reason} (against: {against})" if against else reason)
 
 
 @rollout.command()
@@ -241,9 +261,20 @@ def _start_controller(site: "Site", workspace: Path) -> None:
         )
 
 
-def _ask(verb: str, workspace: Path) -> None:
+def _signed(reason: str) -> str:
+    """Who says so, and why.
+
+    Raises:
+        ValueError: nothing is said.
+    """
+    if not reason.strip():
+        raise ValueError("--override needs a reason: write one sentence")
+    return f"{getpass.getuser()}: {reason.strip()}"
+
+
+def _ask(verb: str, workspace: Path, reason: str = "") -> None:
     store = _store(workspace)
-    store.ask(verb)
+    store.ask(verb, reason)
     with store.controlled() as nobody:
         lost = nobody
     if lost:

@@ -4,7 +4,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -12,6 +12,7 @@ from typing import Any
 
 from altiplano.cluster import local_ray
 from altiplano.pipeline.services import find_mlflow
+from altiplano.pipeline.serving import is_served
 from altiplano.pipeline.workspace import write_json
 from altiplano.registry import ModelRegistry, TrackedRun, Tracker
 from altiplano.registry.models import CHALLENGER, CHAMPION
@@ -26,7 +27,9 @@ from altiplano.serve.rollout_controller import Controller
 from altiplano.serve.rollout_store import Saved, Store
 
 EXPERIMENT = "rollouts"
+OVERRIDE = "gate_override"
 SPOOL_TIMEOUT_S = 30.0
+START_WITHIN_S = 900.0  # a deployment of its own may have to wait for a node, and loads a model
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,19 @@ class Site:
         return Store(self.directory)
 
 
-def plan(site: Site, model: str | None, version: int | None, settings: Mapping[str, Any]) -> Plan:
+def plan(
+    site: Site,
+    model: str | None,
+    version: int | None,
+    settings: Mapping[str, Any],
+    base_model: str | None = None,
+    override: str | None = None,
+) -> Plan:
     """What to roll out: a version, by default the one behind the alias `challenger`, with its adapter downloaded and checked.
+
+    A version that was trained on another base gets a deployment of its own; `base_model` says where its replicas find that base when
+    it is not where it was in training. `override`, who and why, lets a version through that the gate has rejected, and stays in the
+    registry as a tag of it.
 
     Raises:
         ValueError: there is nothing to roll out, or the gate has rejected it.
@@ -102,12 +116,60 @@ def plan(site: Site, model: str | None, version: int | None, settings: Mapping[s
     known = {v.version: v for v in registry.versions(name)}
     if version not in known:
         raise ValueError(f"{name} has no version {version}: choose one of {', '.join(map(str, sorted(known))) or 'none'}")
-    if known[version].tags.get("gate") == "reject":
-        raise ValueError(f"the gate has rejected version {version} of {name}: see `altiplano models {name}`")
+    rejected = known[version].tags.get("gate") == "reject"
+    if rejected and override is None:
+        raise ValueError(
+            f"the gate has rejected version {version} of {name} (`altiplano models {name}`): choose another one, or say why it has to "
+            "be rolled out with --override REASON"
+        )
+    if override is not None and not rejected:
+        raise ValueError(f"the gate has not rejected version {version} of {name}: leave --override out")
     challenger = f"{name}-{version}"
+    apart = _apart(site, name, champion, version, known, base_model)
+    if apart is not None:
+        settings = {"live_within_s": START_WITHIN_S, **settings}
     path = site.directory / "adapters" / challenger
     registry.download(name, version, path)
-    return Plan(name, version, champion, challenger, str(path.resolve()), salt=secrets.token_hex(16), **settings)
+    if override is not None:
+        registry.tag(name, version, OVERRIDE, override)
+    return Plan(
+        name,
+        version,
+        champion,
+        challenger,
+        str(path.resolve()),
+        salt=secrets.token_hex(16),
+        apart=apart,
+        override=override,
+        **settings,
+    )
+
+
+def _apart(
+    site: Site, name: str, champion: str, version: int, known: Container[int], base_model: str | None
+) -> dict[str, Any] | None:
+    """The arguments of a deployment for the base that a version was trained on; None when it is the champion's.
+
+    Raises:
+        ValueError: a base is named, and nobody needs it.
+    """
+    wanted = site.registry.lineage(name, version)
+    number = champion.removeprefix(f"{name}-")
+    if number.isdigit() and int(number) in known:
+        same = wanted["base_digest"] == site.registry.lineage(name, int(number))["base_digest"]
+    else:
+        same = is_served(site.control, wanted["base_model"])
+    if same:
+        if base_model is not None:
+            raise ValueError(f"version {version} of {name} was trained on the champion's base: leave --base-model out")
+        return None
+    where = base_model or wanted["base_model"]
+    return {
+        "model": str(Path(where).resolve()) if Path(where).is_dir() else where,
+        "served_model_name": wanted["base_model"],
+        "date_string": wanted["date_string"],
+        "template_digest": wanted["template_digest"],
+    }
 
 
 def controller(site: Site) -> Controller:

@@ -12,7 +12,7 @@ from altiplano.cluster import local_ray
 from altiplano.cluster.ray_token import token_of_environment
 from altiplano.pipeline.services import Services
 from altiplano.serve import ServeControl
-from altiplano.serve.control import APPLICATION, DeployError
+from altiplano.serve.control import DeployError, endpoint_of
 
 REMOTE_TOKEN = "ALTIPLANO_SERVE_RAY_TOKEN"
 REMOTE_KEY = "ALTIPLANO_API_KEY"
@@ -57,10 +57,9 @@ def hand_over(control: ServeControl, model: str, served: str, adapter: str, alia
         ControlError: there is no endpoint, or its dashboard does not answer.
     """
     found = control.get_user_config()
-    names = _served_models(control)
-    if _short(model) not in {_short(name) for name in names}:
+    if not is_served(control, model):
         raise DeployError(
-            f"the endpoint serves {names[0]}, the adapter was trained on {model}: change the endpoint's model, or serve.remote"
+            f"the endpoint serves {_served_models(control)[0]}, the adapter was trained on {model}: change the endpoint's model, or serve.remote"
         )
     control.set_user_config(with_adapter(found, served, adapter, alias))
 
@@ -77,9 +76,19 @@ def with_adapter(user_config: Mapping[str, Any], served: str, adapter: str, alia
     return {**user_config, "adapters": kept | {served: adapter}, "aliases": aliases}
 
 
+def is_served(control: ServeControl, model: str) -> bool:
+    """Whether a base model is the one of the endpoint, as far as names can tell.
+
+    Raises:
+        ControlError: its dashboard does not answer.
+    """
+    return _short(model) in {_short(name) for name in _served_models(control)}
+
+
 def _served_models(control: ServeControl) -> list[str]:
     """The base model as the endpoint's config names it: a directory or a hub id, and what clients call it."""
-    args: dict[str, Any] = control.status()["applications"][APPLICATION]["deployed_app_config"]["args"]
+    applications = control.status()["applications"]
+    args: dict[str, Any] = applications[endpoint_of(applications)]["deployed_app_config"]["args"]
     return [args[key] for key in ("model", "served_model_name") if args.get(key)]
 
 

@@ -82,6 +82,9 @@ class ModelRegistry:
     def set_alias(self, name: str, alias: str, version: int) -> None:
         self._call(lambda: self._client.set_registered_model_alias(name, alias, str(version)))
 
+    def tag(self, name: str, version: int, key: str, value: str) -> None:
+        self._call(lambda: self._client.set_model_version_tag(name, str(version), key, value))
+
     def promote(self, name: str, version: int) -> None:
         """Make `version` the champion and the old champion `previous`. Previous first: a crash between leaves the champion in place."""
         champion = self.get(name, CHAMPION)
@@ -117,9 +120,7 @@ class ModelRegistry:
         """
         scratch = Path(tempfile.mkdtemp(prefix="altiplano-download-"))
         try:
-            # By the place of the logged model's files: any models:/ URI would be looked up on MLflow's process-wide server.
-            model_id = str(self._call(lambda: self._client.get_model_version(name, str(version))).source).removeprefix("models:/")
-            place = self._call(lambda: self._client.get_logged_model(model_id)).artifact_location
+            place = self._place(name, version)
             found = self._call(lambda: mlflow.artifacts.download_artifacts(place, dst_path=str(scratch), tracking_uri=self._uri))
             adapter = Path(found) / "adapter"
             verify_manifest(adapter)
@@ -129,6 +130,19 @@ class ModelRegistry:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         return destination
+
+    def lineage(self, name: str, version: int) -> dict[str, Any]:
+        """What a version was made from: the fields of `Lineage`."""
+        with tempfile.TemporaryDirectory(prefix="altiplano-lineage-") as folder:
+            uri = f"{self._place(name, version)}/lineage.json"
+            found = self._call(lambda: mlflow.artifacts.download_artifacts(uri, dst_path=folder, tracking_uri=self._uri))
+            facts: dict[str, Any] = json.loads(Path(found).read_text())
+        return facts
+
+    def _place(self, name: str, version: int) -> str:
+        """The URI of a version's files. Any models:/ URI would be looked up on MLflow's process-wide server."""
+        model_id = str(self._call(lambda: self._client.get_model_version(name, str(version))).source).removeprefix("models:/")
+        return str(self._call(lambda: self._client.get_logged_model(model_id)).artifact_location)
 
     def _upload(
         self, adapter: Path, name: str, run_id: str, lineage: Lineage, tags: Mapping[str, str], params: Mapping[str, Any]

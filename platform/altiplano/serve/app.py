@@ -14,7 +14,9 @@ from altiplano.serve.changes import add_changes
 from altiplano.serve.connection import Connection
 from altiplano.serve.engine_client import EngineDiedError
 from altiplano.serve.errors import ApiError
+from altiplano.serve.experiment import Experiment
 from altiplano.serve.experiment_routes import add_experiment
+from altiplano.serve.forward import Forward
 from altiplano.serve.gate import Gate
 from altiplano.serve.generation import Generator
 from altiplano.serve.governance import Governance
@@ -45,7 +47,14 @@ def create_app(make_generator: Callable[[], Generator], governance: Governance |
         except ApiError:
             return None
 
+    def experiment() -> Experiment | None:
+        try:
+            return make_generator().experiment
+        except ApiError:
+            return None
+
     # The last one added is the outermost.
+    app.add_middleware(Forward, find=experiment)
     app.add_middleware(Replay, governance=governance, weights_of=weights_of)
     app.add_middleware(Connection, governance=governance)
     app.add_middleware(Gate, governance=governance)

@@ -13,7 +13,7 @@ from altiplano import spec
 from altiplano.models.loading import resolve_model_path
 from altiplano.models.manifest import verify_manifest
 from altiplano.serve.autoscaling import autoscaling_config
-from altiplano.serve.control import APPLICATION, DEPLOYMENT, DeployError, ServeControl
+from altiplano.serve.control import APPLICATION, DEPLOYMENT, OURS, DeployError, ServeControl, endpoint_of
 from altiplano.serve.deployment import Endpoint, checked_template
 from altiplano.serve.keys import KeyFile, KeyRing
 from altiplano.serve.proxy import proxy_environment, proxy_of
@@ -139,13 +139,13 @@ def _make_way(control: ServeControl, config: dict[str, Any]) -> None:
     status = control.status()
     listening = control.listening(status)
     (wanted,) = config["applications"]
-    present = (status["applications"].get(APPLICATION) or {}).get("deployed_app_config") or wanted
+    present = (status["applications"].get(endpoint_of(status["applications"])) or {}).get("deployed_app_config") or wanted
     same_place = listening in (None, (config["http_options"]["host"], config["http_options"]["port"]))
     if same_place and proxy_of(present) == proxy_of(wanted):
         # HAProxy keeps the places that it was started with.
         wanted["runtime_env"] = present["runtime_env"]
         return
-    if set(status["applications"]) - {APPLICATION}:
+    if set(status["applications"]) - set(OURS):
         raise DeployError(
             "Ray Serve already serves other applications with another host, port or proxy: set serve.host, serve.port and "
             "serve.http_proxy to theirs, or take them down"

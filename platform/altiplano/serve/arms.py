@@ -9,7 +9,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 CHAMPION = "champion"
@@ -21,23 +21,27 @@ MAX_ARMS = 8
 class Arms:
     """A running test. `weights` by arm, in any unit; `models` are the names under which requests are divided.
 
-    Every arm is the name of an alias or adapter. The salt is the test's secret: another one deals everybody anew.
+    Every arm is the name of an alias or adapter. The salt is the test's secret: another one deals everybody anew. `elsewhere` names
+    the Serve application that answers for an arm with another base model; over there the same test has `only` that arm.
     """
 
     salt: str
     weights: Mapping[str, float]
     models: frozenset[str] = frozenset({CHAMPION})
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
+    only: str | None = None
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Arms":
-        """From the `arms` of a user_config: {"salt": str, "weights": {arm: number}, "models": [name, …]}, models optional.
+        """From the `arms` of a user_config: {"salt": str, "weights": {arm: number}, "models": [name, …], "elsewhere":
+        {arm: application}, "only": arm}, the last three optional.
 
         Raises:
             ValueError: what to change.
         """
-        unknown = sorted(set(values) - {"salt", "weights", "models"})
+        unknown = sorted(set(values) - {"salt", "weights", "models", "elsewhere", "only"})
         if unknown:
-            raise ValueError(f"arms has unknown keys {unknown}: use salt, weights and models")
+            raise ValueError(f"arms has unknown keys {unknown}: use salt, weights, models, elsewhere and only")
         salt, weights, models = values.get("salt"), values.get("weights"), values.get("models", [CHAMPION])
         if not isinstance(salt, str) or len(salt) < 8:
             raise ValueError("arms.salt has to be a text of at least 8 characters: it keeps assignments unpredictable")
@@ -52,10 +56,20 @@ class Arms:
             raise ValueError("all weights are 0: give at least one arm some traffic")
         if not isinstance(models, list | tuple) or not models or not all(isinstance(model, str) for model in models):
             raise ValueError("arms.models has to be a list of model names")
-        return cls(salt, {arm: float(weight) for arm, weight in weights.items()}, frozenset(models))
+        elsewhere, only = values.get("elsewhere") or {}, values.get("only")
+        if not isinstance(elsewhere, Mapping) or not all(isinstance(name, str) and name for name in elsewhere.values()):
+            raise ValueError("arms.elsewhere has to map arms to names of Serve applications")
+        for arm in (*elsewhere, *([] if only is None else [only])):
+            if arm not in weights:
+                raise ValueError(f"arms.weights has no {arm!r}, which elsewhere or only names: use its arms {sorted(weights)}")
+        if only is not None and elsewhere:
+            raise ValueError("arms has both elsewhere and only: an application sends requests on, or answers for one arm")
+        return cls(salt, {arm: float(weight) for arm, weight in weights.items()}, frozenset(models), dict(elsewhere), only)
 
     def assign(self, key: str) -> str:
         """The arm of a sticky key."""
+        if self.only is not None:
+            return self.only
         return max(self.weights, key=lambda arm: (self._score(arm, key), arm))
 
     def share(self, arm: str) -> float:
@@ -64,8 +78,9 @@ class Arms:
 
     @property
     def divided(self) -> bool:
-        """Whether more than one arm gets traffic."""
-        return sum(weight > 0 for weight in self.weights.values()) > 1
+        """Whether more than one arm gets traffic, or one that is elsewhere."""
+        busy = [arm for arm, weight in self.weights.items() if weight > 0]
+        return len(busy) > 1 or any(arm in self.elsewhere for arm in busy)
 
     @property
     def test_id(self) -> str:

@@ -7,13 +7,15 @@ The declarative way: a change of `user_config` alone reaches the running replica
 import copy
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
-APPLICATION = "altiplano"
+# The endpoint, and what answers for a challenger with another base model. A promotion changes their parts.
+APPLICATION, SECOND = "altiplano", "altiplano-2"
+OURS = (APPLICATION, SECOND)
 DEPLOYMENT = "endpoint"
 CHANGE = "change"  # key of a user_config: a random name, by which replicas can be asked what they made of it
 
@@ -68,7 +70,7 @@ class ServeControl:
         Raises:
             ControlError: there is no endpoint.
         """
-        config: dict[str, Any] = _deployment(_application(self.status())["deployed_app_config"])["user_config"]
+        config: dict[str, Any] = deployment_in(_application(self.status())["deployed_app_config"])["user_config"]
         return {key: value for key, value in config.items() if key != CHANGE}
 
     def set_user_config(self, user_config: dict[str, Any], timeout_s: float = USER_CONFIG_TIMEOUT_S) -> None:
@@ -79,10 +81,26 @@ class ServeControl:
             ControlError: there is no endpoint, or it does not take this within `timeout_s`.
         """
         status = self.status()
-        deployment = _deployment(_application(status)["deployed_app_config"])
-        before = copy.deepcopy(_config_of(status))
+        deployment = deployment_in(_application(status)["deployed_app_config"])
+        before = copy.deepcopy(config_of(status))
         deployment["user_config"] = user_config
-        self._change(_config_of(status), before, timeout_s)
+        self._change(config_of(status), before, timeout_s)
+
+    def set_applications(self, applications: list[dict[str, Any]], timeout_s: float = USER_CONFIG_TIMEOUT_S) -> None:
+        """Replace all applications; returns when every replica of the endpoint (the one of ours at /) has taken its user_config,
+        or at once when that application is what it was.
+
+        Raises:
+            RefusedConfigError: a replica does not take it; what was before is back.
+            ControlError: Serve does not take it, or not within `timeout_s`.
+        """
+        status = self.status()
+        before = config_of(status)
+        wanted = before | {"applications": copy.deepcopy(applications)}
+        if _endpoint_config(wanted) == _endpoint_config(before):
+            self._put(wanted)
+            return
+        self._change(wanted, copy.deepcopy(before), timeout_s)
 
     def listening(self, status: dict[str, Any] | None = None) -> tuple[str, int] | None:
         """Host and port on which Serve listens; None while it does not run."""
@@ -100,23 +118,25 @@ class ServeControl:
             RefusedConfigError: running replicas do not take a part that changes without a restart; what ran before is back.
             DeployError: Serve refuses the config, or the endpoint does not come up.
         """
-        before = _config_of(self.status())
-        others = [app for app in before["applications"] if app["name"] != APPLICATION]
-        wanted = copy.deepcopy(config) | {"applications": [*copy.deepcopy(config["applications"]), *others]}
+        status = self.status()
+        before = config_of(status)
+        others = [app for app in before["applications"] if app["name"] not in OURS]
+        (ours,) = copy.deepcopy(config["applications"])
+        wanted = copy.deepcopy(config) | {"applications": [ours | {"name": endpoint_of(status["applications"])}, *others]}
         self._change(wanted, before if len(others) < len(before["applications"]) else None, timeout_s)
 
     def undeploy(self) -> None:
         """Take the endpoint down, and Serve with it when it serves nothing else. Returns when it is gone."""
         status = self.status()
         names = set(status["applications"])
-        if names <= {APPLICATION}:
+        if names <= set(OURS):
             self._request("DELETE")
             self._until(lambda now: not now["applications"] and not now["proxies"], ANSWER_TIMEOUT_S)
-        elif APPLICATION in names:
-            config = _config_of(status)
-            config["applications"] = [app for app in config["applications"] if app["name"] != APPLICATION]
+        elif names & set(OURS):
+            config = config_of(status)
+            config["applications"] = [app for app in config["applications"] if app["name"] not in OURS]
             self._request("PUT", config)
-            self._until(lambda now: APPLICATION not in now["applications"], ANSWER_TIMEOUT_S)
+            self._until(lambda now: not set(OURS) & set(now["applications"]), ANSWER_TIMEOUT_S)
 
     def wait(self, timeout_s: float) -> None:
         """Until the endpoint is what was asked for last.
@@ -125,9 +145,9 @@ class ServeControl:
             DeployError: it is not, or not within `timeout_s`.
         """
         last = self._until(_settled, timeout_s)
-        application = last["applications"].get(APPLICATION)
+        application = last["applications"].get(endpoint_of(last["applications"]))
         if application is None or application["status"] != "RUNNING":
-            raise DeployError(f"the endpoint did not come up: {_why(application)}")
+            raise DeployError(f"the endpoint did not come up: {told_by(application)}")
 
     def _change(self, config: dict[str, Any], before: dict[str, Any] | None, timeout_s: float) -> None:
         """Put a Serve config and wait until every replica runs it; put the one `before` back when one refuses it."""
@@ -219,35 +239,13 @@ class ServeControl:
         return response
 
 
-def _application(status: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] | None = status["applications"].get(APPLICATION)
-    if found is None or found.get("deployed_app_config") is None:
-        raise ControlError(f"Ray Serve runs no application {APPLICATION!r} that came from a config: deploy the endpoint first")
-    return found
+def endpoint_of(applications: Mapping[str, Any]) -> str:
+    """The name of the endpoint among what Serve runs: that of our application at /."""
+    configs = ((name, (applications.get(name) or {}).get("deployed_app_config") or {}) for name in OURS)
+    return next((name for name, config in configs if config and config.get("route_prefix", "/") == "/"), APPLICATION)
 
 
-def _deployment(application_config: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = next(entry for entry in application_config["deployments"] if entry["name"] == DEPLOYMENT)
-    return found
-
-
-def _name_change(config: dict[str, Any]) -> str:
-    """Give the endpoint's part of a Serve config a change of its own, by whose name replicas can be asked."""
-    application = next(entry for entry in config["applications"] if entry["name"] == APPLICATION)
-    deployment = _deployment(application)
-    change = secrets.token_hex(16)
-    deployment["user_config"] = dict(deployment.get("user_config") or {}) | {CHANGE: change}
-    return change
-
-
-def _running(status: dict[str, Any]) -> int:
-    """How many replicas of the endpoint run."""
-    return sum(
-        replica["state"] == "RUNNING" for replica in status["applications"][APPLICATION]["deployments"][DEPLOYMENT]["replicas"]
-    )
-
-
-def _config_of(status: dict[str, Any]) -> dict[str, Any]:
+def config_of(status: dict[str, Any]) -> dict[str, Any]:
     """The config that leads to what runs; Serve deletes applications that a config does not name."""
     config = {key: status[key] for key in _SHARED if status.get(key) is not None}
     config["applications"] = [
@@ -258,14 +256,52 @@ def _config_of(status: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _settled(status: dict[str, Any]) -> bool:
-    application = status["applications"].get(APPLICATION)
-    return application is not None and application["status"] in ("RUNNING", "DEPLOY_FAILED", "UNHEALTHY")
+def deployment_in(application_config: dict[str, Any]) -> dict[str, Any]:
+    """The deployment of our engines in the config of an application."""
+    found: dict[str, Any] = next(entry for entry in application_config["deployments"] if entry["name"] == DEPLOYMENT)
+    return found
 
 
-def _why(application: dict[str, Any] | None) -> str:
+def told_by(application: dict[str, Any] | None) -> str:
     """What Serve says about an application and its deployments."""
     if application is None:
         return "Ray Serve does not know it"
     said = (application["message"], *(deployment["message"] for deployment in application["deployments"].values()))
     return "; ".join([f"it is {application['status']}", *filter(None, said)])
+
+
+def _application(status: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] | None = status["applications"].get(endpoint_of(status["applications"]))
+    if found is None or found.get("deployed_app_config") is None:
+        raise ControlError(f"Ray Serve runs no application {APPLICATION!r} that came from a config: deploy the endpoint first")
+    return found
+
+
+def _endpoint_config(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Our application at / in a Serve config, without the name of its last change."""
+    ours = [app for app in config["applications"] if app["name"] in OURS and app.get("route_prefix", "/") == "/"]
+    if not ours:
+        return None
+    found: dict[str, Any] = copy.deepcopy(ours[0])
+    (deployment_in(found).get("user_config") or {}).pop(CHANGE, None)
+    return found
+
+
+def _name_change(config: dict[str, Any]) -> str:
+    """Give the endpoint's part of a Serve config a change of its own, by whose name replicas can be asked."""
+    application = next(app for app in config["applications"] if app["name"] in OURS and app.get("route_prefix", "/") == "/")
+    deployment = deployment_in(application)
+    change = secrets.token_hex(16)
+    deployment["user_config"] = dict(deployment.get("user_config") or {}) | {CHANGE: change}
+    return change
+
+
+def _running(status: dict[str, Any]) -> int:
+    """How many replicas of the endpoint run."""
+    application = status["applications"][endpoint_of(status["applications"])]
+    return sum(replica["state"] == "RUNNING" for replica in application["deployments"][DEPLOYMENT]["replicas"])
+
+
+def _settled(status: dict[str, Any]) -> bool:
+    application = status["applications"].get(endpoint_of(status["applications"]))
+    return application is not None and application["status"] in ("RUNNING", "DEPLOY_FAILED", "UNHEALTHY")

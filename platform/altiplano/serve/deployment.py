@@ -1,12 +1,17 @@
 """The endpoint on Ray Serve: one replica is the HTTP front end and its engine process; tokens take one hop."""
 
+import asyncio
 import logging
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from fastapi import FastAPI
 from ray import serve
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
 from tokenizers import Tokenizer
 
@@ -18,6 +23,7 @@ from altiplano.serve.control import CHANGE, DEPLOYMENT, DeployError
 from altiplano.serve.engine_client import EngineDiedError
 from altiplano.serve.errors import ApiError
 from altiplano.serve.feedback import counts_at
+from altiplano.serve.forward import Forwarded, Frame, answered
 from altiplano.serve.generation import Generator
 from altiplano.serve.governance import Governance
 from altiplano.serve.logs import write_json_lines
@@ -62,6 +68,8 @@ class _Process:
 
     generator: Generator | None = None
     governance: Governance | None = None
+    app: FastAPI | None = None
+    handles: ClassVar[dict[str, DeploymentHandle[Any]]] = {}
 
 
 def current() -> Generator:
@@ -78,7 +86,8 @@ def current() -> Generator:
 def build_app() -> FastAPI:
     """The application of a replica; Ray Serve calls it in the replica's process, after `Endpoint.__init__`."""
     assert _Process.governance is not None
-    return create_app(current, _Process.governance)
+    _Process.app = create_app(current, _Process.governance)
+    return _Process.app
 
 
 @serve.deployment(name=DEPLOYMENT)
@@ -94,6 +103,7 @@ class Endpoint:
         _Process.generator = await make_generator(ServeSettings(**settings))
         _Process.generator.experiment.gather = _snapshots
         _Process.generator.experiment.spread = _rate
+        _Process.generator.experiment.forward = _forward
         _Process.generator.changes.gather = _changes
         self._patience_s = wanted.health_check_timeout_s
         self._first_token = RecentPercentile(TTFT_SHARE, TTFT_WINDOW_S)
@@ -121,6 +131,13 @@ class Endpoint:
         if at == experiment.name:
             experiment.count(answer, score)
         return {"replica": experiment.name}
+
+    async def answer(self, method: str, path: str, headers: list[tuple[bytes, bytes]], body: bytes) -> AsyncIterator[Frame]:
+        """Answer a request that the champion's application sends on: its arm is the one of this application."""
+        assert _Process.app is not None
+        async with aclosing(answered(_Process.app, Forwarded(method, path, headers, body))) as frames:  # type: ignore[type-var]
+            async for frame in frames:
+                yield frame
 
     async def told_of_change(self, change: str) -> dict[str, Any]:
         """What this replica made of a change, for the replica that was asked about all."""
@@ -160,30 +177,62 @@ async def _show_metrics(governance: Governance, base_port: int) -> None:
         logger.error("this replica shows no metrics of its own: %s", error)
 
 
+async def _forward(application: str, request: Forwarded) -> AsyncIterator[Frame]:
+    """What another application answers. Closing it ends the request over there."""
+    asked = _handle(application).options(stream=True).answer.remote(request.method, request.path, request.headers, request.body)
+    done = False
+    try:
+        async for frame in asked:
+            yield frame
+        done = True
+    finally:
+        if not done:
+            asked.cancel()
+
+
 async def _snapshots() -> list[dict[str, Any]]:
-    return await _all_replicas("ab_snapshot")
+    return await _in_test("ab_snapshot")
 
 
 async def _rate(answer: str, score: float) -> None:
     own = current().experiment
-    present = {told["replica"] for told in await _all_replicas("rate", answer, score, None)} | {own.name}
+    present = {told["replica"] for told in await _in_test("rate", answer, score, None)} | {own.name}
     chosen = counts_at(answer, present)
     if chosen == own.name:
         own.count(answer, score)
     else:
-        await _all_replicas("rate", answer, score, chosen)
+        await _in_test("rate", answer, score, chosen)
 
 
 async def _changes(change: str) -> list[dict[str, Any]]:
     return await _all_replicas("told_of_change", change)
 
 
-async def _all_replicas(method: str, *args: Any) -> list[dict[str, Any]]:
-    """What a method says on all replicas that answer within seconds."""
-    own = serve.get_replica_context()
-    handle = serve.get_deployment_handle(own.deployment, own.app_name)
-    found = await handle.broadcast(method, *args).results_async(timeout_s=SNAPSHOT_TIMEOUT_S, return_exceptions=True)
+async def _in_test(method: str, *args: Any) -> list[dict[str, Any]]:
+    """What a method says on all replicas that answer for an arm of the test, here or in another application."""
+    arms = current().experiment.arms
+    elsewhere = [] if arms is None else sorted(set(arms.elsewhere.values()))
+    found = await asyncio.gather(_all_replicas(method, *args), *(_all_replicas(method, *args, at=name) for name in elsewhere))
+    return [told for part in found for told in part]
+
+
+async def _all_replicas(method: str, *args: Any, at: str | None = None) -> list[dict[str, Any]]:
+    """What a method says on all replicas of an application, by default this one, that answer within seconds."""
+    handle = _handle(at or serve.get_replica_context().app_name)
+    try:
+        found = await handle.broadcast(method, *args).results_async(timeout_s=SNAPSHOT_TIMEOUT_S, return_exceptions=True)
+    except (RayServeException, TimeoutError):
+        if at is None:
+            raise
+        return []  # it is gone
     return [told for told in found if isinstance(told, dict)]
+
+
+def _handle(application: str) -> DeploymentHandle[Any]:
+    """A handle learns where replicas are in the background, so it is made once."""
+    if application not in _Process.handles:
+        _Process.handles[application] = serve.get_deployment_handle(DEPLOYMENT, application)
+    return _Process.handles[application]
 
 
 def checked_template(settings: ServeSettings) -> ChatTemplate:

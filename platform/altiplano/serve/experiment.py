@@ -18,6 +18,7 @@ from altiplano.serve.arms import Arms, sticky_key
 from altiplano.serve.call import Call, current_call
 from altiplano.serve.engine_client import RefusedError
 from altiplano.serve.feedback import FeedbackRequest, Scores, answer_id, arm_of
+from altiplano.serve.forward import Forwarded, Frame
 from altiplano.serve.outcomes import Outcomes, Recorder, Trial
 from altiplano.serve.protocol import ChatRequest, CompletionRequest
 from altiplano.serve.shadow import Mirror, Shadow
@@ -42,6 +43,8 @@ class Experiment:
         self.gather: Callable[[], Awaitable[list[dict[str, Any]]]] | None = None
         # Brings a rating (answer, score) to the replica that counts it.
         self.spread: Callable[[str, float], Awaitable[None]] | None = None
+        # Lets another application answer a request; where there is one process only, there is none.
+        self.forward: Callable[[str, Forwarded], AsyncIterator[Frame]] | None = None
         self._clock = clock
         self._recorder = Recorder(clock, LATE_AFTER_S)
         self._scores = Scores()
@@ -72,7 +75,24 @@ class Experiment:
         if self.arms is None or model not in self.arms.models:
             return {}
         call.arm = self.arms.assign(sticky_key(session, user, call.key.id if call.key else None, call.request_id))
-        return {ARM_HEADER: call.arm}
+        return self.marks(call)
+
+    def marks(self, call: Call) -> dict[str, str]:
+        """The headers that say which arm a call has."""
+        return {ARM_HEADER: call.arm} if call.arm else {}
+
+    def application_for(self, call: Call, model: str, session: str | None, user: str | None) -> str | None:
+        """The application that has to answer a request: that of its arm; None where it is answered here. Notes model and arm."""
+        if self.arms is None or not self.arms.elsewhere or model not in self.arms.models:
+            return None
+        self.enter(call, model, session, user)
+        call.model = model
+        return self.arms.elsewhere.get(call.arm)
+
+    def lost(self, call: Call) -> None:
+        """Another application could not answer a request of its arm. What it did answer, it counts itself."""
+        if self._tests(call):
+            self._recorder.failed(self._recorder.begin(call.arm, call))
 
     def arm_for(self, model: str) -> str:
         """The name of what answers the current call: its arm, else the model that it names."""
@@ -200,7 +220,11 @@ def check_user_config(user_config: Mapping[str, Any]) -> None:
     shadow = shadow_of(user_config)
     if shadow is not None and arms is None:
         raise ValueError("shadow needs arms: what is mirrored is the traffic of a test")
-    for arm in {*(arms.weights if arms else ()), *((shadow.arm,) if shadow else ())}:
+    if shadow is not None and arms is not None and shadow.arm in arms.elsewhere:
+        raise ValueError(
+            f"the arm {shadow.arm!r} is answered by another application: only an arm on these engines can be a shadow"
+        )
+    for arm in {*(arms.weights if arms else ()), *((shadow.arm,) if shadow else ())} - set(arms.elsewhere if arms else ()):
         if aliases.get(arm, arm) not in adapters:
             raise ValueError(f"the arm {arm!r} is no adapter and no alias of one: add it to aliases")
 

@@ -89,6 +89,10 @@ class Plan:
     """A challenger that the endpoint cannot load by then is taken back."""
     shadow: float = 0.0
     """Share of the champion's answers that the challenger gives too, unseen, to be compared."""
+    apart: Mapping[str, Any] | None = None
+    """Arguments of the challenger's own deployment that are not the champion's, the base model first; None: both share engines."""
+    override: str | None = None
+    """Who lets a version have traffic that the gate has rejected, and why."""
 
     def __post_init__(self) -> None:
         if not self.steps or any(not 0 < step < 100 for step in self.steps) or list(self.steps) != sorted(set(self.steps)):
@@ -101,6 +105,8 @@ class Plan:
             raise ValueError(f"alpha is {self.alpha}: use a probability such as 0.05")
         if not 0 <= self.shadow <= 1:
             raise ValueError(f"the shadowed share is {self.shadow}: use 0 to 1")
+        if self.apart is not None and self.shadow:
+            raise ValueError("--shadow needs both arms on one base model, and the challenger has another one: leave it out")
         if self.champion == self.challenger:
             raise ValueError(f"{self.challenger} answers already: there is nothing to roll out")
 
@@ -189,24 +195,31 @@ def judge(plan: Plan, outcomes: Outcomes) -> list[Check]:
     ]
 
 
-def paused(state: State) -> State:
+def doubts(plan: Plan, outcomes: Outcomes) -> list[str]:
+    """What speaks against a promotion now: budgets that do not look kept. What nobody has rated is no doubt."""
+    free = {"feedback": Mark.unknown}
+    known = (Mark.kept, Mark.likely)
+    return [check.detail for check in judge(plan, outcomes) if check.mark not in (*known, free.get(check.name))]
+
+
+def paused(state: State, reason: str = "paused by hand") -> State:
     """The weights stay. A broken budget still takes the challenger back.
 
     Raises:
         ValueError: there is nothing to pause.
     """
     _require(state, "pause", Phase.running)
-    return replace(state, phase=Phase.paused, reason="paused by hand")
+    return replace(state, phase=Phase.paused, reason=reason)
 
 
-def resumed(state: State) -> State:
+def resumed(state: State, reason: str = "resumed by hand") -> State:
     """On with it.
 
     Raises:
         ValueError: it is not paused.
     """
     _require(state, "resume", Phase.paused)
-    return replace(state, phase=Phase.running, reason="resumed by hand")
+    return replace(state, phase=Phase.running, reason=reason)
 
 
 def promoted(state: State, reason: str = "promoted by hand") -> State:

@@ -6,19 +6,19 @@ from disk and goes on; what it had begun (a promotion, a way back) is done again
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from threading import Event
 from typing import Any, Protocol
 
-from altiplano.serve import rollout
+from altiplano.serve import rollout, rollout_apart
 from altiplano.serve.arms import Arms
 from altiplano.serve.evidence import NoEvidenceError, Reading
 from altiplano.serve.outcomes import Outcomes
-from altiplano.serve.rollout import CHALLENGER, CHAMPION, Evidence, Phase, Plan, State
+from altiplano.serve.rollout import CHAMPION, Evidence, Phase, State
+from altiplano.serve.rollout_config import ChampionMovedError, arms_for, configured
 from altiplano.serve.rollout_store import NoRolloutError, Saved, Store
 
-PREVIOUS = "previous"
 INTERVAL_S = 0.5
 # Weights that are not live by then are set again: somebody else has deployed, or a replica has started with an old config.
 SET_AGAIN_AFTER_S = 5.0
@@ -33,6 +33,10 @@ class Control(Protocol):
     def get_user_config(self) -> dict[str, Any]: ...
 
     def set_user_config(self, user_config: dict[str, Any]) -> None: ...
+
+    def status(self) -> dict[str, Any]: ...
+
+    def set_applications(self, applications: list[dict[str, Any]]) -> None: ...
 
 
 class Reader(Protocol):
@@ -55,10 +59,6 @@ class Journal(Protocol):
     def note(self, saved: Saved, outcomes: Outcomes, *, moved: bool) -> None: ...
 
     def close(self, saved: Saved) -> None: ...
-
-
-class ChampionMovedError(RuntimeError):
-    """Somebody else has changed what answers as the champion."""
 
 
 class Controller:
@@ -105,7 +105,7 @@ class Controller:
         self._enter(rollout.decide(saved.plan, saved.state, evidence, now))
         try:
             self._carry_out(evidence is not None and not evidence.live)
-        except ChampionMovedError as error:
+        except (ChampionMovedError, rollout_apart.ChallengerFailedError) as error:
             self._enter(replace(saved.state, phase=Phase.rolling_back, reason=str(error)))
         except (RuntimeError, OSError) as error:
             log.warning("%s: %s", saved.state.phase, error)
@@ -140,14 +140,13 @@ class Controller:
 
     def _listen(self) -> None:
         """Do what a person has asked for."""
-        verb = self._store.taken()
-        if verb is None:
+        mail = self._store.taken()
+        if mail is None:
             return
-        do = {"pause": rollout.paused, "resume": rollout.resumed, "promote": rollout.promoted, "rollback": rollout.rolled_back}[
-            verb
-        ]
+        verb, reason = mail
+        do = {"pause": rollout.paused, "resume": rollout.resumed, "promote": rollout.promoted, "rollback": rollout.rolled_back}
         try:
-            self._enter(do(self.saved.state))
+            self._enter(do[verb](self.saved.state, *([reason] if reason else [])))
         except ValueError as error:
             log.warning("%s", error)
 
@@ -166,7 +165,7 @@ class Controller:
         return reading.is_live(arms.test_id, {arm: arms.share(arm) for arm in arms.weights})
 
     def _arms(self) -> Arms:
-        return Arms.of(_arms(self.saved.plan, self.saved.state, [CHAMPION]))
+        return Arms.of(arms_for(self.saved.plan, self.saved.state, [CHAMPION]))
 
     def _enter(self, state: State) -> None:
         """Take a new state; what matters is on disk before anything follows from it."""
@@ -204,41 +203,9 @@ class Controller:
         self._enter(done)
 
     def _set_config(self, state: State) -> None:
-        wanted = configured(self._control.get_user_config(), self.saved.plan, state)
-        self._control.set_user_config(wanted)
+        plan = self.saved.plan
+        if plan.apart is None:
+            self._control.set_user_config(configured(self._control.get_user_config(), plan, state))
+        else:
+            rollout_apart.carry_out(self._control, plan, state)
         self._set, self._set_at = state, self._clock()
-
-
-def configured(user_config: Mapping[str, Any], plan: Plan, state: State) -> dict[str, Any]:
-    """The user_config that a state asks for, from the one that the endpoint has.
-
-    Raises:
-        ChampionMovedError: another adapter has become the champion meanwhile.
-    """
-    aliases, adapters = dict(user_config["aliases"]), dict(user_config["adapters"])
-    config = {key: value for key, value in user_config.items() if key not in ("arms", "shadow")}
-    answers = aliases.get(CHAMPION)
-    if state.phase in (Phase.rolling_back, Phase.rolled_back):
-        aliases.pop(CHALLENGER, None)
-        # An older version that is rolled out again may still have a name, such as `previous`.
-        if plan.challenger not in aliases.values():
-            adapters.pop(plan.challenger, None)
-        return config | {"adapters": adapters, "aliases": aliases}
-    if answers not in (plan.champion, plan.challenger):
-        raise ChampionMovedError(f"{answers or 'nothing'} has become the champion instead of {plan.champion}: this rollout ends")
-    adapters[plan.challenger] = plan.path
-    names = sorted(name for name, target in aliases.items() if target == answers and name not in (CHALLENGER, PREVIOUS))
-    if state.phase is Phase.promoted:
-        aliases |= dict.fromkeys(names, plan.challenger) | {PREVIOUS: plan.champion}
-        aliases.pop(CHALLENGER, None)
-        # What nobody calls by name any more goes; the previous champion stays for a way back.
-        named = {*aliases.values()}
-        return config | {"adapters": {name: path for name, path in adapters.items() if name in named}, "aliases": aliases}
-    aliases[CHALLENGER] = plan.challenger
-    test = {"arms": _arms(plan, state, names), "shadow": {"arm": CHALLENGER, "fraction": plan.shadow} if plan.shadow else None}
-    return config | {"adapters": adapters, "aliases": aliases} | test
-
-
-def _arms(plan: Plan, state: State, models: list[str]) -> dict[str, Any]:
-    part = rollout.share(plan, state)
-    return {"salt": plan.salt, "weights": {CHAMPION: 100 - part, CHALLENGER: part}, "models": models}

@@ -94,8 +94,8 @@ class Store:
         self.save(made)
         return made
 
-    def ask(self, verb: str) -> None:
-        """Leave a command for whoever controls the rollout.
+    def ask(self, verb: str, reason: str = "") -> None:
+        """Leave a command for whoever controls the rollout; `reason` is kept in its history.
 
         Raises:
             NoRolloutError: there is none on its way.
@@ -104,16 +104,16 @@ class Store:
         saved = self.load()
         if saved is None or saved.state.phase.ended:
             raise NoRolloutError("no rollout is on its way: start one with `altiplano rollout start`")
-        self._replace(self._mail, verb)
+        self._replace(self._mail, {"verb": verb, "reason": reason})
 
-    def taken(self) -> str | None:
-        """The command that was left last, once."""
+    def taken(self) -> tuple[str, str] | None:
+        """The command that was left last and its reason, once."""
         try:
-            verb = json.loads(self._mail.read_text())
+            mail = json.loads(self._mail.read_text())
         except FileNotFoundError:
             return None
         self._mail.unlink(missing_ok=True)
-        return verb if verb in VERBS else None
+        return (mail["verb"], mail["reason"]) if mail["verb"] in VERBS else None
 
     @contextmanager
     def controlled(self) -> Iterator[bool]:
