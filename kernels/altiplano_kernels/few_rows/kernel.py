@@ -82,7 +82,9 @@ def choose_plan(mode: int, n: int, k: int, rows: int, bits: int = 16) -> Plan:
     warps = next(warps for warps in (8, 6, 4) if chunks % warps == 0)
     most = 4 if rows <= 8 or mode in (QKV, SWIGLU, DRAW) else 2
     depth = next(depth for depth in range(most, 0, -1) if chunks // warps % depth == 0)
-    return Plan(warps, depth, 264 if mode == DRAW or (mode == SWIGLU and rows > 1) else 0)
+    # Blocks of a wide product keep several tiles, so that rows are normalised less often.
+    wide = mode == DRAW or (mode == SWIGLU and rows > 1) or (mode == PLAIN and n > 32768)
+    return Plan(warps, depth, 264 if wide else 0)
 
 
 def begin(
