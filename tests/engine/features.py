@@ -34,6 +34,7 @@ FEATURES = (
         "no more prompt tokens beside a decode than fit into half a millisecond",
         settings={"itl_target_ms": 0.5},
     ),
+    Feature("deterministic mode", "every token computed alone", settings={"deterministic": True}),
     Feature("LoRA", "every other request with an adapter", adapter="lora"),
     Feature("DoRA", "every other request with an adapter that has magnitudes", adapter="dora"),
     Feature("seed", "temperature 0.9 with a seed", params={"temperature": 0.9, "seed": 11}),

@@ -34,6 +34,9 @@ class EngineConfig:
     itl_target_ms: float | None = None  # a step that decodes takes no more prompt tokens than fit into it; on the CPU only
     num_speculative_tokens: int = 0  # guessed per step when few requests run; on the CPU only
     speculative_model: Path | None = None  # a smaller Llama that guesses; None: prompt lookup in the request's own text
+    deterministic: bool = (
+        False  # a request's tokens and log-probabilities do not depend, to the bit, on who else runs; on the CPU only
+    )
     seed: int = 0
     debug: bool = False
 
@@ -60,6 +63,8 @@ class EngineConfig:
             raise ValueError(f"itl_target_ms must be above 0 milliseconds, not {self.itl_target_ms}: leave it out for no target")
         if self.itl_target_ms is not None and self.device != "cpu":
             raise ValueError(f"itl_target_ms is for the CPU backend so far: leave it out on {self.device}")
+        if self.deterministic and self.device != "cpu":
+            raise ValueError(f"deterministic is for the CPU backend so far: leave it out on {self.device}")
         if self.load_format not in ("safetensors", "dummy"):
             raise ValueError(f"load_format must be safetensors or dummy, not {self.load_format!r}")
 

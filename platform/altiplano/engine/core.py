@@ -372,7 +372,14 @@ def _make_proposer(config: EngineConfig, vocab_size: int) -> Proposer | None:
         return None
     if config.speculative_model is None:
         return LookupProposer(config.num_speculative_tokens)
-    draft = replace(config, model=config.speculative_model, speculative_model=None, num_speculative_tokens=0, itl_target_ms=None)
+    draft = replace(
+        config,
+        model=config.speculative_model,
+        speculative_model=None,
+        num_speculative_tokens=0,
+        itl_target_ms=None,
+        deterministic=False,
+    )
     return DraftProposer(_make_runner(draft), vocab_size, config)
 
 

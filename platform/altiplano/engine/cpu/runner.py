@@ -50,6 +50,22 @@ class CpuRunner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> list[Drawn]:
+        if self._config.deterministic:
+            return [self._alone(chunk) for chunk in plan.chunks]
+        return self._together(plan)
+
+    def _alone(self, chunk: Chunk) -> Drawn:
+        """The chunk token by token, each in shapes that depend on its position only.
+
+        Products, sums and vectorised functions round differently in different shapes and at different places of a batch; a
+        single row is always computed alike. It costs what a batch saves: every token reads all weights.
+        """
+        results = [self._together(StepPlan((one,)))[0] for one in _singles(chunk, self._config.block_size)]
+        drawn = _accepted(chunk, results[len(results) - 1 - chunk.num_guesses :]) if chunk.sample else Drawn()
+        prompt = tuple(p for result in results for p in result.prompt_logprobs)
+        return replace(drawn, prompt_logprobs=prompt, prompt_top=tuple(top for result in results for top in result.prompt_top))
+
+    def _together(self, plan: StepPlan) -> list[Drawn]:
         # Decodes first: they share one attention call.
         order = sorted(range(len(plan.chunks)), key=lambda i: len(plan.chunks[i].tokens) > 1)
         chunks = [plan.chunks[i] for i in order]
@@ -160,6 +176,26 @@ def _after(chunk: Chunk, guesses: int) -> Chunk:
         first = len(chunk.tokens) - chunk.num_guesses
         history = (history[0], history[1] + chunk.tokens[first : first + guesses])
     return replace(chunk, generated=chunk.generated + guesses, history=history)
+
+
+def _singles(chunk: Chunk, size: int) -> list[Chunk]:
+    """Chunks of one token each, with no more pages than they see."""
+    made = []
+    for i, token in enumerate(chunk.tokens):
+        guess = i - (len(chunk.tokens) - 1 - chunk.num_guesses)  # so many guesses are taken as drawn
+        at = chunk.start + i
+        made.append(
+            replace(
+                _after(chunk, max(0, guess)),
+                start=at,
+                tokens=(token,),
+                pages=chunk.pages[: at // size + 1],
+                sample=chunk.sample and guess >= 0,
+                num_guesses=0,
+                next_tokens=chunk.next_tokens[i : i + 1],
+            )
+        )
+    return made
 
 
 def _accepted(chunk: Chunk, draws: list[Drawn]) -> Drawn:
