@@ -10,13 +10,23 @@ export UV_FIND_LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS))
 TORCH_BACKEND := $(shell command -v nvidia-smi >/dev/null 2>&1 || test -n "$(UV_FIND_LINKS)" || echo --torch-backend=cpu)
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_BACKEND)
 
-.PHONY: demo test test-helm helm-tools crds test-slow fuzz soak lint bench bench-serving clean
+TRITON := $(VENV)/triton
+
+.PHONY: demo test test-kernels test-helm helm-tools node-tools crds test-slow fuzz soak lint bench bench-serving clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/altiplano run pipelines/demo/pipeline.yaml
 
-test: $(VENV)/.dev helm-tools
+test: $(VENV)/.dev helm-tools node-tools
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --durations=25
+
+# Triton's kernels by its interpreter; beside the environment, not in it, because the rest must run without it.
+test-kernels: $(VENV)/.dev $(TRITON)
+	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(BIN)/python -m pytest tests/kernels
+
+$(TRITON): $(VENV)/.dev
+	$(INSTALL) --no-deps --target $@ triton==3.7.1
+	touch $@
 
 # The chart alone; `make test` runs these tests too.
 test-helm: $(VENV)/.dev helm-tools
@@ -24,6 +34,10 @@ test-helm: $(VENV)/.dev helm-tools
 
 helm-tools: $(VENV)/.dev
 	bash tests/helm/fetch_tools.sh $(VENV)/tools
+
+# OpenAI's client for Node, whose contract is a test.
+node-tools: $(VENV)/.dev
+	bash tests/serve/node/install.sh $(VENV)/tools/node
 
 # Upstream's CRD files, where a network is and shared/crds is not.
 crds: $(VENV)/.dev
