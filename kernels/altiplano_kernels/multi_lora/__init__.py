@@ -1,0 +1,1 @@
+"""Low-rank updates of many adapters in one batch, for decode steps in CUDA graphs and for prompts."""
