@@ -56,7 +56,8 @@ class BareEngine:
 
     def _read(self) -> m.Report:
         (length,) = _LENGTH.unpack(self._reader.read(_LENGTH.size))
-        return m.decode_report(self._reader.read(length))
+        report: m.Report = m.decode_report(self._reader.read(length))
+        return report
 
     def close(self) -> None:
         self._reader.close()

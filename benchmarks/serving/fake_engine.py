@@ -81,8 +81,10 @@ def run(connection: socket.socket, requests: Requests, vocab_size: int, step_s: 
             if not data:
                 return
             idle = not requests
-            for answer in filter(None, map(requests.take, commands.push(data))):
-                connection.sendall(m.frame(answer))
+            for command in commands.push(data):
+                answer = requests.take(command)
+                if answer is not None:
+                    connection.sendall(m.frame(answer))
             if idle:
                 due = time.perf_counter() + step_s
         if requests and time.perf_counter() >= due:

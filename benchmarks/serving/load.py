@@ -13,6 +13,7 @@ import select
 import socket
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ class Stream:
     """One answer as it comes in."""
 
     socket: socket.socket
-    sent: float
+    sent: float = 0.0
     first: float | None = None
     events: int = 0
     size: int = 0
@@ -63,19 +64,35 @@ def run(port: int, path: str, body: Any, streams: int) -> dict[str, Any]:
         RuntimeError: an answer was refused, broke off or did not end.
     """
     request = post(f"127.0.0.1:{port}", path, body)
-    sockets = [socket.create_connection(("127.0.0.1", port)) for _ in range(streams)]
-    poll, by_fd = select.epoll(), dict[int, Stream]()
-    started = time.perf_counter()
-    for opened in sockets:
-        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        opened.sendall(request)
-        by_fd[opened.fileno()] = Stream(opened, time.perf_counter())
-        poll.register(opened, select.EPOLLIN)
-    running = streams
+    with ExitStack() as opened:
+        poll, by_fd = opened.enter_context(select.epoll()), dict[int, Stream]()
+        for _ in range(streams):
+            client = opened.enter_context(socket.create_connection(("127.0.0.1", port)))
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            poll.register(client, select.EPOLLIN)
+            by_fd[client.fileno()] = Stream(client)
+        started = time.perf_counter()
+        for stream in by_fd.values():
+            stream.sent = time.perf_counter()
+            stream.socket.sendall(request)
+        _read(poll, by_fd)
+        seconds = time.perf_counter() - started
+    return {
+        "seconds": seconds,
+        "ttft_s": [stream.first for stream in by_fd.values()],
+        "events": sum(stream.events - 1 for stream in by_fd.values()),
+        "bytes": sum(stream.size for stream in by_fd.values()),
+        "tokens": sum(stream.tokens() for stream in by_fd.values()),
+    }
+
+
+def _read(poll: select.epoll, by_fd: dict[int, Stream]) -> None:
+    """Until all answers have ended."""
+    running = len(by_fd)
     while running:
         ready = poll.poll(PATIENCE_S)
         if not ready:
-            raise RuntimeError(f"{running} of {streams} answers did not end")
+            raise RuntimeError(f"{running} of {len(by_fd)} answers did not end")
         for fd, _ in ready:
             stream = by_fd[fd]
             data = stream.socket.recv(1 << 18)
@@ -84,16 +101,6 @@ def run(port: int, path: str, body: Any, streams: int) -> dict[str, Any]:
             if stream.take(data, time.perf_counter()):
                 poll.unregister(fd)
                 running -= 1
-    seconds = time.perf_counter() - started
-    for stream in by_fd.values():
-        stream.socket.close()
-    return {
-        "seconds": seconds,
-        "ttft_s": [stream.first for stream in by_fd.values()],
-        "events": sum(stream.events - 1 for stream in by_fd.values()),
-        "bytes": sum(stream.size for stream in by_fd.values()),
-        "tokens": sum(stream.tokens() for stream in by_fd.values()),
-    }
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def ratios(values: dict[str, list[float]]) -> dict[str, list[float]]:
 
 def ttft(port: int, max_tokens: int) -> float:
     """Median milliseconds from a request to its first chunk."""
-    return statistics.median(load(port, max_tokens)["ttft_s"]) * 1e3
+    return float(statistics.median(load(port, max_tokens)["ttft_s"])) * 1e3
 
 
 def tokens_per_s(port: int, max_tokens: int) -> float:
