@@ -94,6 +94,12 @@ WRONG: list[tuple[str, Values]] = [
     ("endpoint.engine.quantization", {"endpoint": {"engine": {"device": "cpu", "quantization": "int4"}, "gpusPerReplica": 0}}),
     ("endpoint.engine.block_size", {"endpoint": {"engine": {"quantization": "int8", "block_size": 8}}}),
     ("endpoint.engine.num_speculative_tokens", {"endpoint": {"engine": {"num_speculative_tokens": 4}}}),
+    ("endpoint.engine.itl_target_ms", {"endpoint": {"engine": {"itl_target_ms": 20}}}),
+    ("endpoint.engine.itl_target_ms and deterministic", {"endpoint": {"engine": {"deterministic": True}}}),
+    (
+        "endpoint.engine.speculative_model",
+        {"endpoint": {"engine": {"device": "cpu", "dtype": "float32", "speculative_model": "/models/1b"}, "gpusPerReplica": 0}},
+    ),
     ("endpoint.engine.kv_cache_tokens", {"endpoint": {"engine": {"kv_cache_tokens": 4096}}}),
     ("endpoint.rayClusterDeletionDelaySeconds", {"endpoint": {"rayClusterDeletionDelaySeconds": 60}}),
     ("mlflow.externalUri", {"mlflow": {"externalUri": "https://mlflow.example.com"}}),

@@ -144,6 +144,12 @@ What a schema cannot say: rules between values, and the rules that only KubeRay'
 {{- if and (eq .engine.device "cuda") (.engine.num_speculative_tokens | default 0) -}}
 {{- $wrong = append $wrong "endpoint.engine.num_speculative_tokens: is for the CPU backend so far: leave it out with device cuda" -}}
 {{- end -}}
+{{- if and (eq .engine.device "cuda") (or (hasKey .engine "itl_target_ms") .engine.deterministic) -}}
+{{- $wrong = append $wrong "endpoint.engine.itl_target_ms and deterministic: are for the CPU backend so far: leave them out with device cuda" -}}
+{{- end -}}
+{{- if and .engine.speculative_model (not .engine.num_speculative_tokens) -}}
+{{- $wrong = append $wrong "endpoint.engine.speculative_model: guesses nothing: set endpoint.engine.num_speculative_tokens above 0" -}}
+{{- end -}}
 {{- if and (ne (.engine.quantization | default "none") "none") (eq (int (.engine.block_size | default 32)) 8) -}}
 {{- $wrong = append $wrong "endpoint.engine.block_size: quantized weights need 16 or more" -}}
 {{- end -}}

@@ -224,7 +224,6 @@ class EngineClient:
                 self._failure = self._failure or LATE
             for task in (ended, reading, ready):
                 task.cancel()
-            self._writer.close()
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         try:
@@ -291,6 +290,9 @@ class EngineClient:
         self._calls.clear()
 
     async def _kill(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
@@ -311,6 +313,9 @@ def engine_settings(s: ServeSettings) -> dict[str, Any]:
         "kv_cache_dtype": s.kv_cache_dtype,
         "quantization": s.quantization,
         "num_speculative_tokens": s.num_speculative_tokens,
+        "speculative_model": s.speculative_model,
+        "itl_target_ms": s.itl_target_ms,
+        "deterministic": s.deterministic,
         "enable_prefix_caching": s.enable_prefix_caching,
         "max_lora_rank": 512,
         # A laptop's engine shares its cores with the front end and with training.

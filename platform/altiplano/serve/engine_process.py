@@ -132,7 +132,8 @@ def main() -> None:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(sys.argv[1])
         try:
-            engine = create_engine(EngineConfig(**{**settings, "model": Path(settings["model"])}))
+            paths = {name: Path(settings[name]) for name in ("model", "speculative_model") if settings[name] is not None}
+            engine = create_engine(EngineConfig(**(settings | paths)))
             Loop(connection, engine).run()
         except (BrokenPipeError, ConnectionResetError):
             os._exit(0)

@@ -90,6 +90,12 @@ class Metrics:
             "preemptions": gauge("num_preemptions", "Requests that gave up their pages, since the engine started"),
             "steps": gauge("engine_steps", "Steps since the engine started"),
             "step_seconds": gauge("engine_step_seconds", "Time inside steps since the engine started"),
+            "guessed_tokens": gauge("spec_decode_num_draft_tokens", "Tokens that were guessed, since the engine started"),
+            "accepted_tokens": gauge(
+                "spec_decode_num_accepted_tokens", "Guessed tokens that were right, since the engine started"
+            ),
+            "guessed_steps": gauge("spec_decode_steps", "Steps with guesses since the engine started"),
+            "draft_seconds": gauge("spec_decode_draft_seconds", "Time that making guesses has taken since the engine started"),
         }
         self.engine_up = gauge("engine_up", "1 while the engine answers")
         self.engine_restarts = gauge("engine_restarts", "Starts of the engine after the first")

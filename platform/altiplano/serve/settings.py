@@ -23,4 +23,7 @@ class ServeSettings:
     kv_cache_dtype: str = "auto"
     quantization: str = "none"
     num_speculative_tokens: int = 0
+    speculative_model: str | None = None
+    itl_target_ms: float | None = None
+    deterministic: bool = False
     enable_prefix_caching: bool = True

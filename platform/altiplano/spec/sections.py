@@ -279,7 +279,23 @@ class Serve(Section):
         0,
         ge=0,
         le=32,
-        description="Tokens guessed per step from the request's own text (prompt lookup): for answers that copy; on a CPU only.",
+        description="Tokens guessed per step, from the request's own text (prompt lookup: for answers that copy) or by speculative_model; "
+        "switched off by itself where it does not pay; on a CPU only.",
+    )
+    speculative_model: str | None = Field(
+        None,
+        min_length=1,
+        description="A smaller Llama with the same tokenizer that guesses: a directory or a hub id. It needs memory of its own.",
+    )
+    itl_target_ms: float | None = Field(
+        None,
+        gt=0,
+        description="95 of 100 gaps between two tokens of an answer are to stay below it: prompts are computed in smaller chunks beside answers, "
+        "so a first token comes later; null: no target; on a CPU only.",
+    )
+    deterministic: bool = Field(
+        False,
+        description="The same tokens and log-probabilities to the bit, alone and in any batch; as slow as one request at a time; on a CPU only.",
     )
     enable_prefix_caching: bool = True
     api_keys_file: str | None = Field(None, description="File of `altiplano keys`. null: no keys, and a loopback host only.")
@@ -360,6 +376,12 @@ class Pipeline(Section):
             )
         if self.scaling.use_gpu and self.serve.num_speculative_tokens:
             raise ValueError("serve.num_speculative_tokens is for the CPU backend so far: set it to 0, or scaling.use_gpu=false")
+        if self.scaling.use_gpu and (self.serve.itl_target_ms is not None or self.serve.deterministic):
+            raise ValueError(
+                "serve.itl_target_ms and serve.deterministic are for the CPU backend so far: leave them out, or set scaling.use_gpu=false"
+            )
+        if self.serve.speculative_model is not None and not self.serve.num_speculative_tokens:
+            raise ValueError("serve.speculative_model guesses nothing: set serve.num_speculative_tokens above 0, 4 for a start")
         missing = sorted(set(self.gate.non_inferiority) - set(self.evaluate.tasks))
         if missing:
             raise ValueError(
