@@ -19,6 +19,7 @@ from altiplano.cluster import local_ray
 from altiplano.cluster.processes import free_port
 from altiplano.models.cria import cria_path
 from altiplano.serve import ServeControl, ServeSettings, deploy
+from altiplano.serve.control import endpoint_of
 
 T = TypeVar("T")
 SETTINGS = ServeSettings(
@@ -44,8 +45,8 @@ class Platform:
 
     def replicas(self) -> list[int]:
         """Process ids of the replicas that take requests."""
-        application = self.control.status()["applications"]["altiplano"]
-        found = application["deployments"]["endpoint"]["replicas"]
+        applications = self.control.status()["applications"]
+        found = applications[endpoint_of(applications)]["deployments"]["endpoint"]["replicas"]
         return sorted(replica["pid"] for replica in found if replica["state"] == "RUNNING")
 
     def engine(self, replica: int) -> psutil.Process:

@@ -30,7 +30,7 @@ from altiplano.registry import ModelRegistry, Tracker
 from altiplano.registry.server import start_server
 from altiplano.serve import ServeControl
 from altiplano.serve.application import START_TIMEOUT_S, serve_config
-from altiplano.serve.control import RefusedConfigError
+from altiplano.serve.control import OURS, RefusedConfigError, endpoint_of
 from altiplano.serve.evidence import AbClient
 from altiplano.serve.rollout_store import Saved, Store
 
@@ -80,7 +80,7 @@ class Site:
             (adapter / FAULT).write_text(json.dumps(fault))
             write_manifest(adapter)
         run = Tracker(self.tracking_uri, "training", str(self.folder / "spool")).start_run(f"train-{seed}", "train")
-        facts = {"base_model": str(base), "base_digest": "another", "template_digest": ChatTemplate().digest} if base else {}
+        facts = {"base_model": str(base), "base_digest": str(base), "template_digest": ChatTemplate().digest} if base else {}
         return self.registry.register(adapter, MODEL, run.run_id, lineage(**facts), tags={"gate": verdict}, params={"r": 4})
 
     def command(self, *words: str) -> list[str]:
@@ -250,10 +250,21 @@ def test_one_replica_of_two_that_refuses_a_change_brings_the_one_before_back_on_
     assert traffic.broken == []
 
 
+def test_a_deployment_that_cannot_start_ends_its_rollout_and_says_why(site: Site) -> None:
+    applications = set(site.platform.control.status()["applications"])
+    version = site.offer(None, make_base(site.folder / "moved", seed=8))
+    begun = site.rollout("start", "--version", str(version), *QUICK, "--base-model", str(site.folder / "nowhere"))
+    assert begun.returncode == 0, begun.stderr
+    eventually(lambda: site.ended(version), PATIENCE_S)
+    assert site.saved.state.phase == "rolled_back" and "nowhere" in site.saved.state.reason, site.saved.history
+    eventually(lambda: set(site.platform.control.status()["applications"]) == applications, PATIENCE_S)
+    site.platform.wait()
+
+
 def test_a_challenger_with_another_base_has_a_deployment_of_its_own_and_takes_over_without_a_failed_request(site: Site) -> None:
     base = make_base(site.folder / "base", seed=7)
     control = site.platform.control
-    champion = control.get_user_config()["aliases"]["champion"]
+    champion, here = control.get_user_config()["aliases"]["champion"], endpoint_of(control.status()["applications"])
     bad = site.offer({"fails": 1.0}, base)
     with Traffic(site.platform.url, parallel=4, max_tokens=4, model="champion") as traffic:
         assert site.rollout("start", "--version", str(bad), *QUICK).returncode == 0
@@ -263,7 +274,7 @@ def test_a_challenger_with_another_base_has_a_deployment_of_its_own_and_takes_ov
         eventually(lambda: traffic.arms[-50:] == [None] * 50, PATIENCE_S)
     assert failed == len(traffic.broken) > 0 and all("broken" in text for _, text in traffic.broken), traffic.broken[-3:]
     assert control.get_user_config()["aliases"]["champion"] == champion
-    eventually(lambda: set(control.status()["applications"]) == {"altiplano"}, PATIENCE_S)
+    eventually(lambda: set(control.status()["applications"]) == {here}, PATIENCE_S)
 
     good = site.offer(None, base)
     with Traffic(site.platform.url, parallel=4, max_tokens=4, model="champion") as traffic:
@@ -277,7 +288,7 @@ def test_a_challenger_with_another_base_has_a_deployment_of_its_own_and_takes_ov
     assert traffic.broken == [] and set(traffic.statuses) == {200}
     assert {"champion", "challenger"} <= set(traffic.arms)
     assert control.get_user_config()["aliases"]["champion"] == f"{MODEL}-{good}"
-    eventually(lambda: set(control.status()["applications"]) == {"altiplano-2"}, PATIENCE_S)
+    eventually(lambda: set(control.status()["applications"]) == {*OURS} - {here}, PATIENCE_S)
     assert httpx.get(f"{site.platform.url}/v1/models", timeout=60).json()["data"][0]["id"] == str(base)
     eventually(lambda: site.saved.run_id is not None, 60)
     _is_recorded(site, site.saved.run_id, "promoted")

@@ -16,6 +16,7 @@ from openai import OpenAI
 from altiplano.serve.app import create_app
 from altiplano.serve.arms import Arms
 from altiplano.serve.deployment import make_generator
+from altiplano.serve.errors import ApiError
 from altiplano.serve.evidence import AbClient
 from altiplano.serve.experiment import check_user_config
 from altiplano.serve.forward import Forwarded, Frame, answered
@@ -161,6 +162,14 @@ def test_an_application_that_is_gone_is_an_error_of_its_arm(two: Two, stream: bo
     assert two.requests("challenger") == (before[0][0] + 1, before[0][1] + 1) and two.requests("champion") == before[1]
     champion = httpx.post(f"{two.url}/v1/completions", json=BODY, headers=two.session("champion"), timeout=60)
     assert champion.status_code == 200
+
+
+def test_an_application_without_room_is_nobodys_failure(two: Two) -> None:
+    two.away = ApiError(429, "the endpoint is busy", code="overloaded", retry_after=1)
+    before = two.requests("challenger")
+    answer = httpx.post(f"{two.url}/v1/completions", json=BODY, headers=two.session("challenger"), timeout=60)
+    assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
+    assert answer.headers["x-altiplano-arm"] == "challenger" and two.requests("challenger") == before
 
 
 def test_a_stream_that_breaks_off_ends_with_an_error(two: Two) -> None:

@@ -292,6 +292,8 @@ def _tell(saved: "Saved", output: Output) -> None:
     phase = state.phase.replace("_", " ")
     out.print(f"{plan.challenger} against {plan.champion}: {phase}, {share(plan, state):g} % of the traffic", markup=False)
     out.print(f"{state.reason}", markup=False)
+    if plan.apart is not None:
+        out.print(f"its base is {plan.apart['model']}, so it has a deployment of its own", markup=False)
     moves = [
         [time.strftime("%H:%M:%S", time.localtime(m["time"])), m["phase"], f"{m['share']:g} %", m["reason"]]
         for m in saved.history

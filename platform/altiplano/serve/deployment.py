@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
 from tokenizers import Tokenizer
@@ -178,13 +178,19 @@ async def _show_metrics(governance: Governance, base_port: int) -> None:
 
 
 async def _forward(application: str, request: Forwarded) -> AsyncIterator[Frame]:
-    """What another application answers. Closing it ends the request over there."""
+    """What another application answers. Closing it ends the request over there.
+
+    Raises:
+        ApiError: 429, it has no room.
+    """
     asked = _handle(application).options(stream=True).answer.remote(request.method, request.path, request.headers, request.body)
     done = False
     try:
         async for frame in asked:
             yield frame
         done = True
+    except BackPressureError as error:
+        raise ApiError(429, "the endpoint is busy: try again in a moment", code="overloaded", retry_after=1) from error
     finally:
         if not done:
             asked.cancel()

@@ -119,7 +119,7 @@ async def _answer_from(application: str, wanted: Forwarded, experiment: "Experim
     """Pass the answer of another application on.
 
     Raises:
-        ApiError: 503, it does not answer.
+        ApiError: 503, it does not answer; 429, it has no room, which is nobody's failure.
     """
     assert experiment.forward is not None, "a replica on Ray Serve has it"
     kind: bytes | None = None
@@ -133,6 +133,9 @@ async def _answer_from(application: str, wanted: Forwarded, experiment: "Experim
                 kept = [(name, value) for name, value in headers if name.lower() in KEPT]
                 kind = dict(kept).get(b"content-type", b"")
                 await send({"type": "http.response.start", "status": status, "headers": kept})
+    except ApiError as busy:
+        busy.headers = experiment.marks(call)
+        raise
     except Exception as error:
         experiment.lost(call)
         failure = ApiError(
