@@ -1,6 +1,6 @@
 """Times of the batched kernels and of cuBLAS at Llama 3.2's shapes, against the bytes and operations that they must move and do.
 
-usage: PYTHONPATH=platform:kernels python benchmarks/engine/kernels.py [gemm] [decode] [prefill]; one JSON object per line.
+usage: PYTHONPATH=platform:kernels python benchmarks/engine/kernels.py [gemm] [decode] [prefill] [draw]; one JSON object per line.
 """
 
 import json
@@ -11,8 +11,10 @@ from collections.abc import Callable
 import torch
 
 from altiplano_kernels.cluster_attention.kernel import Shape, decode_clusters
+from altiplano_kernels.filtered_sampling.kernel import draw_filtered
 from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, choose_splits, decode
 from altiplano_kernels.prefill_attention.kernel import list_tiles, prefill
+from altiplano_kernels.sampling.kernel import DrawWorkspace, draw
 
 SHAPES = {"1b": (2048, 8192, 32, 8, 64), "3b": (3072, 8192, 24, 8, 128)}  # hidden, intermediate, heads, kv_heads, head_dim
 PAGE = 32
@@ -161,10 +163,47 @@ def prefills(model: str) -> None:
         )
 
 
+def draws(model: str) -> None:
+    """Draws under filters: of flat rows (random weights), and of peaked ones as trained models give them."""
+    if model != "1b":
+        return  # the vocabulary is the same
+    vocab, rounds = 128256, torch.zeros(1, dtype=torch.int32, device="cuda")
+    for rows in (1, 8, 64, 256):
+        slots = torch.arange(rows, dtype=torch.int32, device="cuda")
+        seeds, work = torch.arange(rows, device="cuda"), DrawWorkspace(rows, vocab, "cuda")
+        steps, temperatures = rounds.expand(rows).contiguous(), torch.full((rows,), 0.7, device="cuda")
+        for name, scale in (("flat", 0.9), ("peaked", 4.0)):
+            logits = [torch.randn(rows, vocab, device="cuda", dtype=torch.bfloat16) * scale for _ in range(BUFFERS)]
+            plain = graph_ms(lambda i, x=logits: draw(x[i], slots, temperatures, seeds, steps, work))
+            for top_k, top_p, min_p in ((0, 0.9, 0.0), (50, 1.0, 0.0), (50, 0.9, 0.0), (0, 1.0, 0.05)):
+                filters = (
+                    torch.full((rows,), top_k, dtype=torch.int32, device="cuda"),
+                    torch.full((rows,), top_p, device="cuda"),
+                    torch.full((rows,), min_p, device="cuda"),
+                )
+                ms = graph_ms(lambda i, x=logits, f=filters: draw_filtered(x[i], slots, temperatures, *f, seeds, steps, work))
+                say(
+                    kernel="draw",
+                    rows=rows,
+                    logits=name,
+                    filters=(top_k, top_p, min_p),
+                    plain_us=round(plain * 1e3, 1),
+                    us=round(ms * 1e3, 1),
+                    passes_at_4tbps=round(ms * 1e-3 * 4e12 / (rows * vocab * 2), 1),
+                )
+            ones = logits[0].float()
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            ones.sort(dim=-1, descending=True, stable=True)
+            end.record()
+            torch.cuda.synchronize()
+            say(kernel="draw", rows=rows, logits=name, sort_us=round(start.elapsed_time(end) * 1e3))
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
-    wanted = sys.argv[1:] or ["gemm", "decode", "prefill"]
+    wanted = sys.argv[1:] or ["gemm", "decode", "prefill", "draw"]
     for size in SHAPES:
-        for name, function in (("gemm", gemms), ("decode", decodes), ("prefill", prefills)):
+        for name, function in (("gemm", gemms), ("decode", decodes), ("prefill", prefills), ("draw", draws)):
             if name in wanted:
                 function(size)

@@ -15,7 +15,7 @@ RING = 64  # tokens that a slot keeps before the host must have read them
 
 
 @triton.jit
-def _mix(x):
+def mix(x):
     """lowbias32 (C. Wellons)."""
     x = (x ^ (x >> 16)) * tl.full((), 0x7FEB352D, tl.uint32)
     x = (x ^ (x >> 15)) * tl.full((), 0x846CA68B, tl.uint32)
@@ -46,11 +46,11 @@ def _best_kernel(
     else:
         seed = tl.load(seeds + slot)
         low, high = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-        state = _mix(_mix(low ^ _mix(high)) ^ tl.load(steps + slot).to(tl.uint32))
+        state = mix(mix(low ^ mix(high)) ^ tl.load(steps + slot).to(tl.uint32))
         for start in range(0, CHUNK, BLOCK):
             at = part * CHUNK + start + n
             value = tl.load(base + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
-            uniform = (_mix(state ^ at.to(tl.uint32)).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+            uniform = (mix(state ^ at.to(tl.uint32)).to(tl.float32) + 0.5) * 2.3283064365386963e-10
             value = value / temperature - tl.log(-tl.log(tl.minimum(uniform, 0.999999940395355)))
             better = value > best
             best, where = tl.where(better, value, best), tl.where(better, at, where)
@@ -103,10 +103,24 @@ def draw_and_advance(
     workspace: DrawWorkspace,
     pdl: bool = False,
 ) -> None:
-    """Draw one token per row and make it the slot's last token; position and step go on by one, the token enters the ring.
+    """Draw one token per row and make it the slot's last token: `draw`, then `advance`."""
+    draw(logits, slots, temperatures, seeds, steps, workspace, pdl)
+    advance(workspace.values, workspace.ids, workspace.parts, slots, tokens, positions, steps, ring, pdl)
 
-    logits: [rows, vocab], bf16 or float32; slots: int32 [rows], where the last slot is scratch; tokens, positions, steps: int32
-    [slots]; temperatures: float32 [slots], below 1e-5 for greedy; seeds: int64 [slots]; ring: int32 [slots, RING].
+
+def draw(
+    logits: torch.Tensor,
+    slots: torch.Tensor,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    steps: torch.Tensor,
+    workspace: DrawWorkspace,
+    pdl: bool = False,
+) -> None:
+    """Leave the candidates of each row in `workspace`: the best of every chunk of the vocabulary.
+
+    logits: [rows, vocab], bf16 or float32; slots: int32 [rows]; temperatures: float32 [slots], below 1e-5 for greedy; seeds: int64
+    [slots]; steps: int32 [slots].
     """
     rows, vocab = logits.shape
     extra = {"launch_pdl": True} if pdl else {}
@@ -114,7 +128,6 @@ def draw_and_advance(
         logits, slots, temperatures, seeds, steps, workspace.values, workspace.ids, vocab, logits.stride(0), workspace.parts,
         CHUNK=CHUNK, BLOCK=BLOCK, PDL=pdl, num_warps=4, **extra,
     )  # fmt: skip
-    advance(workspace.values, workspace.ids, workspace.parts, slots, tokens, positions, steps, ring, pdl)
 
 
 def advance(
@@ -128,7 +141,11 @@ def advance(
     ring: torch.Tensor,
     pdl: bool = False,
 ) -> None:
-    """Make the best of each row's `parts` candidates (values, ids: [rows, parts], lowest id among equals) the slot's last token."""
+    """Make the best of each row's `parts` candidates (values, ids: [rows, parts], lowest id among equals) the slot's last token.
+
+    Its position and step go on by one, and the token enters the ring. slots: int32 [rows], where the last slot is scratch; tokens,
+    positions, steps: int32 [slots]; ring: int32 [slots, RING].
+    """
     extra = {"launch_pdl": True} if pdl else {}
     _advance_kernel[(slots.shape[0],)](
         values, ids, slots, tokens, positions, steps, ring, parts, tokens.shape[0] - 1,

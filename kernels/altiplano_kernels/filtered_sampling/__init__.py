@@ -1,0 +1,1 @@
+"""Draws under top-k, top-p and min-p without a sort."""

@@ -1,0 +1,101 @@
+"""Draws under filters against the sorting reference: on a GPU where there is one, else by Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton")
+
+from altiplano_kernels.filtered_sampling.kernel import draw_filtered  # noqa: E402
+from altiplano_kernels.sampling.kernel import DrawWorkspace  # noqa: E402
+from altiplano_kernels.sampling.reference import sample  # noqa: E402
+
+VOCAB, BLOCK = 700, 256
+# top_k, top_p, min_p
+FILTERS = [
+    (0, 0.9, 0.0), (0, 0.3, 0.0), (0, 1e-6, 0.0), (1, 1.0, 0.0), (7, 1.0, 0.0), (50, 0.8, 0.0), (699, 1.0, 0.0), (700, 0.5, 0.0),
+    (0, 1.0, 0.1), (0, 1.0, 1.0), (20, 0.95, 0.02), (5000, 0.7, 0.0), (3, 0.5, 0.5),
+]  # fmt: skip
+
+
+def drawn(logits: torch.Tensor, filters: list[tuple[int, float, float]], temperature: float, seed: int) -> torch.Tensor:
+    """The kernel's token of each row; -1 where it left the row to the plain draw."""
+    rows = len(logits)
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    slots = order.int().to(DEVICE)
+
+    def column(values: list[float], dtype: torch.dtype) -> torch.Tensor:
+        found = torch.empty(rows, dtype=dtype)
+        found[order] = torch.tensor(values, dtype=dtype)
+        return found.to(DEVICE)
+
+    workspace = DrawWorkspace(rows, logits.shape[1], DEVICE)
+    workspace.values.fill_(0.0)
+    workspace.ids.fill_(-1)
+    draw_filtered(
+        logits,
+        slots,
+        column([temperature] * rows, torch.float32),
+        column([k for k, _, _ in filters], torch.int32),
+        column([p for _, p, _ in filters], torch.float32),
+        column([m for _, _, m in filters], torch.float32),
+        column([seed + row for row in range(rows)], torch.int64),
+        column([row % 5 for row in range(rows)], torch.int32),
+        workspace,
+        block=BLOCK if DEVICE == "cpu" else 8192,
+    )
+    values, ids = workspace.values.view(rows, -1), workspace.ids.view(rows, -1)
+    assert bool(((values[:, 0] == float("inf")) == (ids[:, 0] >= 0)).all())
+    return ids[:, 0].long().cpu()
+
+
+def wanted(logits: torch.Tensor, filters: list[tuple[int, float, float]], temperature: float, seed: int) -> torch.Tensor:
+    rows = len(logits)
+    return sample(
+        logits.float().cpu(),
+        torch.full((rows,), temperature),
+        torch.tensor([k for k, _, _ in filters]),
+        torch.tensor([p for _, p, _ in filters]),
+        torch.tensor([m for _, _, m in filters]),
+        torch.tensor([seed + row for row in range(rows)]),
+        torch.tensor([row % 5 for row in range(rows)]),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("scale", "temperature"), [(0.02, 1.0), (3.0, 0.7), (12.0, 1.5)])
+def test_the_token_is_the_references(dtype: torch.dtype, scale: float, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(int(scale * 100))
+    logits = (torch.randn(len(FILTERS), VOCAB, generator=generator) * scale).to(dtype).to(DEVICE)
+    for seed in (1, 2**40 + 3):
+        assert drawn(logits, FILTERS, temperature, seed).tolist() == wanted(logits, FILTERS, temperature, seed).tolist()
+
+
+def test_of_equal_logits_the_lower_ids_are_kept() -> None:
+    logits = torch.zeros(4, VOCAB, device=DEVICE)
+    logits[:, 500:] = -1.0
+    logits[1, ::2] = -0.0  # a zero is a zero
+    filters = [(3, 1.0, 0.0), (3, 1.0, 0.0), (502, 1.0, 0.0), (0, 0.004, 0.0)]
+    for seed in range(4):
+        found = drawn(logits, filters, 1.0, seed)
+        assert found.tolist() == wanted(logits, filters, 1.0, seed).tolist()
+        assert found[0] < 3 and found[1] < 3 and found[2] < 502
+
+
+def test_what_is_impossible_is_never_drawn() -> None:
+    logits = torch.full((3, VOCAB), float("-inf"), device=DEVICE)
+    logits[0, 70] = 1.0
+    logits[1, [3, 600]] = torch.tensor([2.0, 2.0], device=DEVICE)
+    found = drawn(logits, [(40, 0.9, 0.0), (40, 0.5, 0.0), (0, 0.5, 0.0)], 0.8, 5)
+    assert found[0] == 70 and found[1] in (3, 600)
+    assert found[2] == -1, "a row of nothing is left to the plain draw"
+
+
+def test_greedy_rows_and_rows_without_filters_are_left_alone() -> None:
+    logits = torch.randn(2, VOCAB, device=DEVICE)
+    assert drawn(logits, [(0, 1.0, 0.0), (0, 1.0, 0.0)], 1.0, 0).tolist() == [-1, -1]
+    assert drawn(logits, [(5, 0.5, 0.1), (0, 1.0, 0.0)], 0.0, 0).tolist() == [-1, -1]
