@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from altiplano.serve.gpu_metrics import GpuCollector
 from altiplano.serve.logs import ACCESS, JsonFormatter
+from altiplano.serve.metrics import Metrics
 from altiplano.serve.tracing import NoTraces, OtelTraces, make_traces
 
 from .test_gate import LONG, SHORT, Guarded
@@ -221,7 +222,7 @@ class NvmlError(Exception):
 
 
 def nvml(*, driver: bool) -> Any:
-    """NVIDIA's library on a machine with two GPUs, of which the second is a MIG slice; or without a driver."""
+    """NVIDIA's library on a machine with three GPUs, of which the second is a MIG slice and the third is lost; or without a driver."""
 
     def init() -> None:
         if not driver:
@@ -232,12 +233,17 @@ def nvml(*, driver: bool) -> Any:
             raise NvmlError
         return SimpleNamespace(gpu=42)
 
+    def memory(gpu: int) -> Any:
+        if gpu == 2:
+            raise NvmlError
+        return SimpleNamespace(used=1000 + gpu, total=4000)
+
     return SimpleNamespace(
         NVMLError=NvmlError,
         nvmlInit=init,
-        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetCount=lambda: 3,
         nvmlDeviceGetHandleByIndex=lambda index: index,
-        nvmlDeviceGetMemoryInfo=lambda gpu: SimpleNamespace(used=1000 + gpu, total=4000),
+        nvmlDeviceGetMemoryInfo=memory,
         nvmlDeviceGetUtilizationRates=rates,
     )
 
@@ -246,6 +252,18 @@ def nvml(*, driver: bool) -> Any:
 def test_without_a_gpu_there_are_no_gpu_metrics(monkeypatch: pytest.MonkeyPatch, library: Any) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", library)
     assert list(GpuCollector().collect()) == []
+
+
+def test_a_driver_that_goes_away_takes_no_other_metric_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = nvml(driver=True)
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    metrics = Metrics()
+
+    def gone() -> int:
+        raise NvmlError
+
+    library.nvmlDeviceGetCount = gone
+    assert b"altiplano_engine_up" in metrics.render()
 
 
 def test_each_gpu_shows_its_memory_and_those_that_can_their_utilisation(monkeypatch: pytest.MonkeyPatch) -> None:

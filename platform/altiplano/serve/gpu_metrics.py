@@ -19,16 +19,26 @@ class GpuCollector(Collector):
         used = GaugeMetricFamily("altiplano_gpu_memory_used_bytes", "GPU memory in use by anyone", labels=["gpu"])
         total = GaugeMetricFamily("altiplano_gpu_memory_total_bytes", "GPU memory", labels=["gpu"])
         busy = GaugeMetricFamily("altiplano_gpu_utilization_ratio", "Share of time with a kernel running", labels=["gpu"])
-        for index in range(self._nvml.nvmlDeviceGetCount()):
-            handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
-            memory = self._nvml.nvmlDeviceGetMemoryInfo(handle)
-            used.add_metric([str(index)], memory.used)
-            total.add_metric([str(index)], memory.total)
+        for gpu in self._gpus():
             try:
-                busy.add_metric([str(index)], self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
+                handle = self._nvml.nvmlDeviceGetHandleByIndex(gpu)
+                memory = self._nvml.nvmlDeviceGetMemoryInfo(handle)
+            except self._nvml.NVMLError:
+                continue  # lost: the scrape that would tell of it must not fail
+            used.add_metric([str(gpu)], memory.used)
+            total.add_metric([str(gpu)], memory.total)
+            try:
+                busy.add_metric([str(gpu)], self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
             except self._nvml.NVMLError:  # MIG slices do not report it
                 continue
         yield from (used, total, busy)
+
+    def _gpus(self) -> range:
+        assert self._nvml is not None
+        try:
+            return range(self._nvml.nvmlDeviceGetCount())
+        except self._nvml.NVMLError:  # the driver is gone, or another one since this process began
+            return range(0)
 
 
 def _nvml() -> ModuleType | None:
