@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from front_end import AS_RAY
+
 from altiplano.serve import messages as m
 from altiplano.serve.engine_client import COMMAND, engine_settings
 from altiplano.serve.settings import ServeSettings
@@ -27,7 +29,7 @@ class BareEngine:
             path = str(Path(folder) / "socket")
             listening.bind(path)
             listening.listen(1)
-            self._process = subprocess.Popen([*COMMAND, path], stdin=subprocess.PIPE)
+            self._process = subprocess.Popen([*AS_RAY, *COMMAND, path], stdin=subprocess.PIPE)
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps(engine_settings(settings)).encode())
             self._process.stdin.close()

@@ -24,7 +24,7 @@ from typing import Any
 import httpx
 import psutil
 from bare_engine import BareEngine
-from front_end import FAKE_STEP_S, SETTINGS, STREAMS
+from front_end import AS_RAY, FAKE_STEP_S, SETTINGS, STREAMS
 from results import RESULTS, Series, records, shown
 
 from altiplano import spec
@@ -155,7 +155,7 @@ def load(port: int, max_tokens: int) -> dict[str, Any]:
 def front_end(kind: str, step_s: float | None) -> Iterator[int]:
     """The port of a front end under uvicorn in a process of its own."""
     pace = [] if step_s is None else ["--step-s", str(step_s)]
-    command = [sys.executable, str(HERE / "front_end.py"), kind, *pace]
+    command = [*AS_RAY, sys.executable, str(HERE / "front_end.py"), kind, *pace]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
         yield int(process.stdout.readline())
