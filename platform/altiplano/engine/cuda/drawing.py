@@ -1,4 +1,4 @@
-"""Draws that look at whole rows of logits: log-probabilities, filters, penalties, bias. Everything else stays in the graph."""
+"""Draws that need more than the graph knows: log-probabilities, penalties, bias, allowed tokens. Everything else stays in the graph."""
 
 from collections.abc import Sequence
 
@@ -12,12 +12,9 @@ from altiplano_kernels.sampling import reference as sampling
 
 
 def is_plain(params: SamplingParams, generated: int) -> bool:
-    """Whether the graph's own draw (greedy or tempered, no filter, nothing to report) serves the request."""
-    filtered = not params.greedy and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
+    """Whether the graph's own draw (greedy or tempered, under top-k, top-p and min-p, nothing to report) serves the request."""
     reported = params.logprobs is not None or (params.prompt_logprobs and generated == 0)
-    return not (
-        filtered or reported or params.penalized or params.logit_bias or params.structured or generated < params.min_tokens
-    )
+    return not (reported or params.penalized or params.logit_bias or params.structured or generated < params.min_tokens)
 
 
 def draw(chunks: Sequence[Chunk], logits: torch.Tensor, eos: tuple[int, ...]) -> list[Drawn]:

@@ -13,8 +13,10 @@ import torch
 
 from altiplano.engine.config import LlamaConfig
 from altiplano.engine.cuda.quantized import AnyLayer, PackedWeights, weight_of
+from altiplano.engine.weights import Weights
 from altiplano_kernels.cluster_attention.kernel import Shape, decode_clusters, fits
 from altiplano_kernels.few_rows import kernel as few
+from altiplano_kernels.few_rows.quantized import Packed
 from altiplano_kernels.kv_write.kernel import rope_and_write
 from altiplano_kernels.sampling.kernel import advance
 
@@ -33,6 +35,7 @@ class FewRows:
         query = config.num_attention_heads * config.head_dim
         self._scratch = few.Step(config.hidden_size, query, config.intermediate_size, config.head_dim, MOST_BLOCKS, device)
         self._qkv = torch.empty(few.MOST_ROWS, self._width, dtype=torch.bfloat16, device=device)
+        self._logits: torch.Tensor | None = None  # made at the first step that needs it
         self.plans: dict[str, few.Plan] = {}  # overrides, for tuning
         self.shape: Shape | None = None  # of attention, likewise
 
@@ -49,6 +52,32 @@ class FewRows:
 
     def step(self, rows: torch.Tensor) -> None:
         """One token for each slot in `rows`: int32 [rows]; draws it and advances the slots. Capturable."""
+        residual, weights, slots, scratch = self._residual(rows), self._model.weights, self._model.slots, self._scratch
+        blocks = few.norm_draw(
+            residual,
+            _head(weights),
+            weights.norm,
+            self._model.config.rms_norm_eps,
+            rows,
+            slots.temperatures,
+            slots.seeds,
+            slots.steps,
+            scratch,
+            self.plans.get("head"),
+        )
+        advance(scratch.values, scratch.ids, blocks, rows, slots.tokens, slots.positions, slots.steps, slots.ring, pdl=True)
+
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """bf16 [rows, vocab] of one token for each slot in `rows`: int32 [rows], for draws that need them. Capturable; valid until the next call."""
+        residual, weights = self._residual(rows), self._model.weights
+        if self._logits is None:
+            self._logits = torch.empty(few.MOST_ROWS, self._model.config.vocab_size, dtype=torch.bfloat16, device=rows.device)
+        out = self._logits[: len(rows)]
+        few.linear(residual, _head(weights), out, weights.norm, self._model.config.rms_norm_eps, self.plans.get("logits"))
+        return out
+
+    def _residual(self, rows: torch.Tensor) -> torch.Tensor:
+        """The sums behind the last layer, bf16 [rows, hidden], before the last norm."""
         model, scratch, slots = self._model, self._scratch, self._model.slots
         config, weights, plan, count = model.config, model.weights, self.plans.get, len(rows)
         eps, heads = config.rms_norm_eps, config.num_attention_heads
@@ -72,8 +101,8 @@ class FewRows:
             few.add_linear(mixed, o, residual, plan("o"))
             few.norm_swiglu(residual, gate_up, layer.post_norm, eps, wide, plan("gate_up"))
             few.add_linear(wide, down, residual, plan("down"))
-        head = weights.packed_head if isinstance(weights, PackedWeights) else weights.head
-        blocks = few.norm_draw(
-            residual, head, weights.norm, eps, rows, slots.temperatures, slots.seeds, slots.steps, scratch, plan("head")
-        )
-        advance(scratch.values, scratch.ids, blocks, rows, slots.tokens, slots.positions, slots.steps, slots.ring, pdl=True)
+        return residual
+
+
+def _head(weights: Weights | PackedWeights) -> torch.Tensor | Packed:
+    return weights.packed_head if isinstance(weights, PackedWeights) else weights.head

@@ -1,7 +1,8 @@
-"""Whole decode steps as CUDA graphs, one per batch bucket, captured when first needed, in one memory pool."""
+"""Whole decode steps as CUDA graphs, one per batch bucket and kind of step, captured when first needed, in one memory pool."""
 
 import gc
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -18,36 +19,46 @@ def unrolled(bucket: int) -> int:
     return 8 if bucket <= 16 else 1
 
 
+class Kind(NamedTuple):
+    """What a step must do beyond the plain one, because one of its rows asks for it."""
+
+    filtered: bool = False
+    adapted: bool = False
+
+
+PLAIN = Kind()
+
+
 class DecodeGraphs:
-    """`step(bucket)` must only touch static tensors; what it allocates lives in the pool that all graphs share.
+    """`step(bucket, kind)` must only touch static tensors; what it allocates lives in the pool that all graphs share.
 
     Sharing is sound because graphs run one after another on one stream and leave nothing in the pool that a later one reads.
     """
 
-    def __init__(self, step: Callable[[int], None], prepare: Callable[[int], None]) -> None:
+    def __init__(self, step: Callable[[int, Kind], None], prepare: Callable[[int], None]) -> None:
         self._step, self._prepare = step, prepare
         self._pool = torch.cuda.graph_pool_handle()
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, int, Kind], torch.cuda.CUDAGraph] = {}
 
-    def replay(self, bucket: int, times: int) -> None:
+    def replay(self, bucket: int, times: int, kind: Kind = PLAIN) -> None:
         """Launch `times` steps; the graphs must have been captured by `ensure` before the batch rows were written."""
         steps = unrolled(bucket)
         for _ in range(times // steps):
-            self._graphs[bucket, steps].replay()
+            self._graphs[bucket, steps, kind].replay()
         for _ in range(times % steps):
-            self._graphs[bucket, 1].replay()
+            self._graphs[bucket, 1, kind].replay()
 
-    def ensure(self, bucket: int) -> None:
+    def ensure(self, bucket: int, kind: Kind = PLAIN) -> None:
         """Capture the bucket if it is new. `prepare(bucket)` must point all rows at scratch: the warm-up really runs."""
-        if (bucket, 1) in self._graphs:
+        if (bucket, 1, kind) in self._graphs:
             return
         self._prepare(bucket)
-        self._step(bucket)
+        self._step(bucket, kind)
         torch.cuda.synchronize()
         for steps in {1, unrolled(bucket)}:
-            self._graphs[bucket, steps] = self._capture(bucket, steps)
+            self._graphs[bucket, steps, kind] = self._capture(bucket, steps, kind)
 
-    def _capture(self, bucket: int, steps: int) -> torch.cuda.CUDAGraph:
+    def _capture(self, bucket: int, steps: int, kind: Kind) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         # A collection in the middle could free another engine's graphs, which the driver forbids during a capture.
         collecting = gc.isenabled()
@@ -55,7 +66,7 @@ class DecodeGraphs:
         try:
             with torch.cuda.graph(graph, pool=self._pool):
                 for _ in range(steps):
-                    self._step(bucket)
+                    self._step(bucket, kind)
         finally:
             if collecting:
                 gc.enable()

@@ -3,12 +3,12 @@
 Products are cuBLAS or, for a few dozen rows, ours; between them are Triton kernels and attention in clusters.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from altiplano.engine.adapters import Adapter, Pair
 from altiplano.engine.config import LlamaConfig
+from altiplano.engine.cuda.adapter_pool import Update
 from altiplano.engine.cuda.quantized import AnyLayer, PackedWeights
 from altiplano.engine.cuda.slots import SlotTable
 from altiplano.engine.weights import Layer, Weights
@@ -16,14 +16,11 @@ from altiplano_kernels.cluster_attention.kernel import decode_clusters, fits
 from altiplano_kernels.embed_norm.kernel import add_norm, add_norm_parts, embed_rows
 from altiplano_kernels.kv_write.kernel import rope_and_write
 from altiplano_kernels.linear import kernel as linear
-from altiplano_kernels.lora.reference import add_lora
 from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, choose_splits, choose_tiling, decode
 from altiplano_kernels.prefill_attention.kernel import prefill
 from altiplano_kernels.rope.reference import cos_sin, inverse_frequencies
 from altiplano_kernels.swiglu.kernel import swiglu
 
-Groups = Sequence[tuple[Adapter, torch.Tensor | None]]
-Updates = Sequence[tuple[Mapping[str, Pair], torch.Tensor | None]]
 # Below, the kernels of `few_rows` do the step; where they do not fit, the library's products are faster than ours that split sums.
 LEAST_SPLIT_ROWS = 17
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
@@ -58,8 +55,11 @@ class CudaLlama:
         self._clusters = fits(config.num_attention_heads, kv_heads, config.head_dim, cache.shape[4])
         self._workspace = DecodeWorkspace(max(need, max_batch), kv_heads, config.head_dim, device, 1)
 
-    def decode_hidden(self, rows: torch.Tensor, groups: Groups = (), pdl: bool = True) -> torch.Tensor:
-        """Last hidden states [rows, hidden] of one token per row, whose slot is in `rows`: int32 [rows]. Capturable."""
+    def decode_hidden(self, rows: torch.Tensor, update: Update | None = None, pdl: bool = True) -> torch.Tensor:
+        """Last hidden states [rows, hidden] of one token per row, whose slot is in `rows`: int32 [rows]. Capturable.
+
+        `update`: what adapters add to each product, if a row has one.
+        """
         batch, config = len(rows), self.config
         positions = torch.empty_like(rows)
         residual, x = (torch.empty(batch, config.hidden_size, dtype=torch.bfloat16, device=rows.device) for _ in range(2))
@@ -91,10 +91,15 @@ class CudaLlama:
                 pdl=pdl,
             )
 
-        return self._layers(x, residual, positions, rows, attend, groups, pdl)
+        return self._layers(x, residual, positions, rows, attend, update, pdl)
 
     def prefill_hidden(
-        self, ids: torch.Tensor, positions: torch.Tensor, slots_of: torch.Tensor, tiles: torch.Tensor, groups: Groups = ()
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        slots_of: torch.Tensor,
+        tiles: torch.Tensor,
+        update: Update | None = None,
     ) -> torch.Tensor:
         """Last hidden states [tokens, hidden] of chunks, flat. ids, positions, slots_of: int32 [tokens]; tiles: of `list_tiles`."""
         config = self.config
@@ -108,7 +113,7 @@ class CudaLlama:
             scales = None if self.scales is None else self.scales[layer]
             return prefill(qkv, self.cache[layer], scales, self.slots.tables, tiles, out, config.num_attention_heads)
 
-        return self._layers(x, residual, positions, slots_of, attend, groups, False)
+        return self._layers(x, residual, positions, slots_of, attend, update, False)
 
     def _layers(
         self,
@@ -117,17 +122,17 @@ class CudaLlama:
         positions: torch.Tensor,
         slots_of: torch.Tensor,
         attend: Attend,
-        groups: Groups,
+        update: Update | None,
         pdl: bool,
     ) -> torch.Tensor:
         config = self.config
         layers: Sequence[AnyLayer] = self.weights.layers
         heads = config.num_attention_heads
-        split = pdl and LEAST_SPLIT_ROWS <= len(x) <= linear.MOST_ROWS and not groups and self._splits
+        split = pdl and LEAST_SPLIT_ROWS <= len(x) <= linear.MOST_ROWS and update is None and self._splits
         for index, layer in enumerate(layers):
-            updates = [(adapter.pairs[index], rows) for adapter, rows in groups]
             qkv = x @ layer.qkv.T
-            self._add_to_qkv(updates, x, qkv)
+            if update is not None:
+                update("qkv", index, x, qkv)
             scales = None if self.scales is None else self.scales[index]
             rope_and_write(qkv, positions, slots_of, self.slots.tables, self.cos_sin, self.cache[index], scales, heads, pdl)
             mixed = attend(index, qkv)
@@ -135,29 +140,31 @@ class CudaLlama:
             if split:
                 x = self._finish_split(mixed, residual, layer, after, pdl)
             else:
-                x = self._finish(mixed, residual, layer, after, updates, pdl)
+                x = self._finish(mixed, residual, index, after, update, pdl)
         return x
 
     def _finish(
         self,
         mixed: torch.Tensor,
         residual: torch.Tensor,
-        layer: AnyLayer,
+        index: int,
         after: torch.Tensor,
-        updates: Updates,
+        update: Update | None,
         pdl: bool,
     ) -> torch.Tensor:
         """From attention to the next layer's input, with cuBLAS."""
-        eps = self.config.rms_norm_eps
+        layer, eps = self.weights.layers[index], self.config.rms_norm_eps
         x = mixed @ layer.o.T
-        _add(updates, mixed, {"o_proj": x})
+        if update is not None:
+            update("o", index, mixed, x)
         add_norm(x, residual, layer.post_norm, x, eps, pdl)
         gate_up = x @ layer.gate_up.T
-        gate, up = gate_up.chunk(2, dim=-1)
-        _add(updates, x, {"gate_proj": gate, "up_proj": up})
-        wide = swiglu(gate_up, torch.empty_like(gate, memory_format=torch.contiguous_format), pdl)
+        if update is not None:
+            update("gate_up", index, x, gate_up)
+        wide = swiglu(gate_up, torch.empty(len(x), gate_up.shape[1] // 2, dtype=x.dtype, device=x.device), pdl)
         x = wide @ layer.down.T
-        _add(updates, wide, {"down_proj": x})
+        if update is not None:
+            update("down", index, wide, x)
         add_norm(x, residual, after, x, eps, pdl)
         return x
 
@@ -171,18 +178,3 @@ class CudaLlama:
         wide = linear.swiglu_linear(x, layer.gate_up, linear.GATED_SOME, pdl)
         add_norm_parts(linear.linear_parts(wide, layer.down, parts, pdl), residual, after, x, eps, pdl)
         return x
-
-    def _add_to_qkv(self, updates: Updates, x: torch.Tensor, qkv: torch.Tensor) -> None:
-        if updates:
-            config = self.config
-            q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-            query, key, value = qkv.split((q, kv, kv), dim=-1)
-            _add(updates, x, {"q_proj": query, "k_proj": key, "v_proj": value})
-
-
-def _add(updates: Updates, x: torch.Tensor, outs: Mapping[str, torch.Tensor]) -> None:
-    """Add each adapter's share to the module outputs, in place."""
-    for pairs, rows in updates:
-        for module, out in outs.items():
-            if module in pairs:
-                add_lora(out, x, *pairs[module], rows)

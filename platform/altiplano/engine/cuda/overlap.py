@@ -6,7 +6,7 @@
 Tokens feed the next step on the GPU, so the host learns of an end only afterwards: the tokens after it are dropped, their keys
 and values lie behind the known ones and are never indexed. Work on the GPU is in launch order, so pages that a finished
 request gives back are written by their next owner only after the last stray write. Requests that need whole rows of logits
-(log-probabilities, filters, penalties, adapters) make the engine fall back to one step at a time while they are there.
+(log-probabilities, penalties, structured output) make the engine fall back to one step at a time while they are there.
 """
 
 import time
@@ -60,7 +60,7 @@ class OverlappedEngine(Engine):
         return news
 
     def _all_plain(self) -> bool:
-        return all(r.adapter is None and drawing.is_plain(r.params, r.num_generated) for r in self._requests.values())
+        return all(drawing.is_plain(r.params, r.num_generated) for r in self._requests.values())
 
     def _launch(self) -> tuple[list[_Flight], Ticket] | None:
         scheduler = self._scheduler

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from altiplano.engine.adapters import Adapter, load_adapter
+from altiplano.engine.adapters import load_adapter
 from altiplano.engine.config import EngineConfig, LlamaConfig, read_config
 from altiplano.engine.cuda import drawing
+from altiplano.engine.cuda.adapter_pool import AdapterPool, Update
 from altiplano.engine.cuda.few_rows import FewRows
-from altiplano.engine.cuda.graphs import DecodeGraphs, bucket_of
-from altiplano.engine.cuda.model import CudaLlama, Groups
+from altiplano.engine.cuda.graphs import DecodeGraphs, Kind, bucket_of
+from altiplano.engine.cuda.model import CudaLlama
 from altiplano.engine.cuda.quantized import BITS, PackedWeights, pack_weights
 from altiplano.engine.cuda.slots import SlotTable
 from altiplano.engine.errors import AdapterError, EngineError
@@ -21,8 +22,10 @@ from altiplano.engine.prompt_scores import with_prompt
 from altiplano.engine.runner import Drawn
 from altiplano.engine.weights import Weights, load_weights, random_weights
 from altiplano_kernels.few_rows.kernel import MOST_ROWS
+from altiplano_kernels.filtered_sampling.kernel import draw_filtered
+from altiplano_kernels.multi_lora.kernel import PREFILL
 from altiplano_kernels.prefill_attention.kernel import list_tiles
-from altiplano_kernels.sampling.kernel import RING, DrawWorkspace, draw_and_advance
+from altiplano_kernels.sampling.kernel import RING, DrawWorkspace, advance, draw
 
 CACHE_DTYPES = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 SNAPSHOTS = 4  # copies of the token ring that may be on their way to the host
@@ -85,8 +88,10 @@ class CudaRunner:
         self.model = CudaLlama(model, weights, cache, scales, self.slots, largest)
         self._few = FewRows(self.model) if FewRows.supports(model, config.block_size, bits) else None
         self._draws = DrawWorkspace(largest, model.vocab_size, device)
-        self._graphs = DecodeGraphs(self._decode_step, lambda bucket: self.slots.upload_rows((), bucket))
-        self._adapters: dict[str, Adapter] = {}
+        self._graphs = DecodeGraphs(self._decode_step, lambda bucket: self._set_rows((), bucket))
+        self._adapters: set[str] = set()
+        self._pool: AdapterPool | None = None  # made for the first adapter
+        self._owners: dict[int, str | None] = {}  # the adapter of each slot
         self._copies = torch.cuda.Stream(device)
         ring = self.slots.ring
         self._snapshots = [
@@ -101,12 +106,19 @@ class CudaRunner:
             raise AdapterError(
                 f"{len(self._adapters)} adapters are loaded, and max_loras is {self._config.max_loras}: unload one or raise it"
             )
-        self._adapters[name] = load_adapter(
+        adapter = load_adapter(
             name, directory, self._config.model, self._model_config, self._config.max_lora_rank, torch.bfloat16, self._device
         )
+        if self._pool is None:
+            config, largest = self._config, len(self.slots.rows)
+            self._pool = AdapterPool(self._model_config, config.max_loras, config.max_lora_rank, largest, self._device)
+        self._pool.load(adapter)
+        self._adapters.add(name)
 
     def unload_adapter(self, name: str) -> None:
-        del self._adapters[name]
+        assert self._pool is not None, "an adapter has been loaded"
+        self._pool.unload(name)
+        self._adapters.remove(name)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> list[Drawn]:
@@ -139,10 +151,12 @@ class CudaRunner:
     def launch_decode(self, slots: Sequence[int], times: int) -> None:
         """`times` tokens for each slot, from its state on the GPU; returns before they are drawn."""
         bucket = bucket_of(len(slots))
-        self._graphs.ensure(bucket)
+        adapted = any(self._owners.get(slot) is not None for slot in slots)
+        kind = Kind(self.slots.any_filtered(slots), adapted)
+        self._graphs.ensure(bucket, kind)
         self.slots.upload_tables()
-        self.slots.upload_rows(slots, bucket)
-        self._graphs.replay(bucket, times)
+        self._set_rows(slots, bucket)
+        self._graphs.replay(bucket, times, kind)
 
     @torch.inference_mode()
     def launch_prefill(self, chunks: Sequence[Chunk]) -> list[Drawn]:
@@ -192,38 +206,40 @@ class CudaRunner:
                 self._graphs.ensure(batch)
 
     def _is_decode(self, chunk: Chunk) -> bool:
-        return (
-            len(chunk.tokens) == 1 and chunk.sample and chunk.adapter is None and drawing.is_plain(chunk.params, chunk.generated)
-        )
+        return len(chunk.tokens) == 1 and chunk.sample and drawing.is_plain(chunk.params, chunk.generated)
 
-    def _decode_step(self, bucket: int) -> None:
+    def _set_rows(self, slots: Sequence[int], bucket: int) -> None:
+        """Batch row i belongs to slots[i] and uses its adapter; rows up to `bucket` are scratch."""
+        self.slots.upload_rows(slots, bucket)
+        if self._pool is not None:
+            self._pool.set_rows([self._owners.get(slot) for slot in slots], bucket)
+
+    def _decode_step(self, bucket: int, kind: Kind) -> None:
         rows = self.slots.rows[:bucket]
-        if self._few is not None and bucket <= MOST_ROWS:
-            self._few.step(rows)
+        update = self._pool.decode_update(bucket) if kind.adapted and self._pool is not None else None
+        if self._few is not None and bucket <= MOST_ROWS and update is None:
+            if kind.filtered:
+                self._draw_rows(rows, self._few.logits(rows), pdl=True, filtered=True)
+            else:
+                self._few.step(rows)
             return
-        hidden = self.model.decode_hidden(rows)
-        self._draw_rows(rows, hidden @ self.model.weights.head.T, pdl=True)
+        hidden = self.model.decode_hidden(rows, update)
+        self._draw_rows(rows, hidden @ self.model.weights.head.T, pdl=True, filtered=kind.filtered)
 
     def _draw(self, slots: Sequence[int], hidden: torch.Tensor) -> None:
         rows = self._upload(slots).int()
-        limit = self._draws.values.numel() // self._draws.parts
+        limit, filtered = self._draws.values.numel() // self._draws.parts, self.slots.any_filtered(slots)
         for first in range(0, len(slots), limit):
-            self._draw_rows(rows[first : first + limit], hidden[first : first + limit] @ self.model.weights.head.T, pdl=False)
+            logits = hidden[first : first + limit] @ self.model.weights.head.T
+            self._draw_rows(rows[first : first + limit], logits, pdl=False, filtered=filtered)
 
-    def _draw_rows(self, rows: torch.Tensor, logits: torch.Tensor, pdl: bool) -> None:
-        slots = self.slots
-        draw_and_advance(
-            logits,
-            rows,
-            slots.tokens,
-            slots.positions,
-            slots.steps,
-            slots.temperatures,
-            slots.seeds,
-            slots.ring,
-            self._draws,
-            pdl,
-        )
+    def _draw_rows(self, rows: torch.Tensor, logits: torch.Tensor, pdl: bool, filtered: bool) -> None:
+        slots, draws = self.slots, self._draws
+        draw(logits, rows, slots.temperatures, slots.seeds, slots.steps, draws, pdl)
+        if filtered:
+            filters = (slots.top_ks, slots.top_ps, slots.min_ps)
+            draw_filtered(logits, rows, slots.temperatures, *filters, slots.seeds, slots.steps, draws, pdl)
+        advance(draws.values, draws.ids, draws.parts, rows, slots.tokens, slots.positions, slots.steps, slots.ring, pdl)
 
     def _prefill(self, chunks: Sequence[Chunk], ends: Sequence[int]) -> torch.Tensor:
         starts = [end - len(chunk.tokens) for chunk, end in zip(chunks, ends, strict=True)]
@@ -231,20 +247,15 @@ class CudaRunner:
         ids = [token for chunk in chunks for token in chunk.tokens]
         positions = [chunk.start + i for chunk in chunks for i in range(len(chunk.tokens))]
         slots_of = [chunk.slot for chunk in chunks for _ in chunk.tokens]
-        flat = (
-            torch.tensor(ids + positions + slots_of + tiles, dtype=torch.int32).pin_memory().to(self._device, non_blocking=True)
-        )
-        n = len(ids)
-        return self.model.prefill_hidden(flat[:n], flat[n : 2 * n], flat[2 * n : 3 * n], flat[3 * n :], self._groups(chunks))
-
-    def _groups(self, chunks: Sequence[Chunk]) -> Groups:
-        used = sorted({chunk.adapter for chunk in chunks if chunk.adapter is not None})
-        if not used:
-            return ()
-        if len(used) == 1 and all(chunk.adapter for chunk in chunks):
-            return ((self._adapters[used[0]], None),)
-        names = [chunk.adapter for chunk in chunks for _ in chunk.tokens]
-        return tuple((self._adapters[name], self._upload([i for i, n in enumerate(names) if n == name])) for name in used)
+        owners = [chunk.adapter for chunk in chunks for _ in chunk.tokens]
+        adapted = self._pool.tiles(owners, PREFILL) if self._pool is not None else []
+        numbers = torch.tensor(ids + positions + slots_of + tiles + adapted, dtype=torch.int32)
+        flat, n = numbers.pin_memory().to(self._device, non_blocking=True), len(ids)
+        update: Update | None = None
+        if self._pool is not None and adapted:
+            update = self._pool.update(flat[3 * n + len(tiles) :], PREFILL)
+        attention = flat[3 * n : 3 * n + len(tiles)]
+        return self.model.prefill_hidden(flat[:n], flat[n : 2 * n], flat[2 * n : 3 * n], attention, update)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 [rows, vocab]: the products' sums are not rounded on the way."""
@@ -258,7 +269,9 @@ class CudaRunner:
             [chunk.generated for chunk in chunks],
             [chunk.params.temperature for chunk in chunks],
             [chunk.seed for chunk in chunks],
+            [(chunk.params.top_k, chunk.params.top_p, chunk.params.min_p) for chunk in chunks],
         )
+        self._owners.update({chunk.slot: chunk.adapter for chunk in chunks})
 
     def _upload(self, values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64).pin_memory().to(self._device, non_blocking=True)

@@ -10,6 +10,8 @@ import torch
 
 from altiplano_kernels.sampling.kernel import RING
 
+Filters = tuple[int, float, float]  # top_k (0: no limit), top_p, min_p
+NO_FILTERS: Filters = (0, 1.0, 0.0)
 STAGES = 4  # pinned buffers that take turns: the GPU may lag behind the host by this many uploads less one
 
 
@@ -25,6 +27,8 @@ class SlotTable:
 
         self.tokens, self.positions, self.steps = zeros(torch.int32), zeros(torch.int32), zeros(torch.int32)
         self.temperatures, self.seeds = zeros(torch.float32), zeros(torch.int64)
+        self.top_ks, self.top_ps, self.min_ps = zeros(torch.int32), zeros(torch.float32) + 1, zeros(torch.float32)
+        self._filtered: set[int] = set()
         self.ring = torch.zeros(rows, RING, dtype=torch.int32, device=device)
         self.tables = torch.full((rows, pages_per_slot), scratch_page, dtype=torch.int32, device=device)
         self.rows = torch.full((rows,), self.scratch, dtype=torch.int32, device=device)
@@ -74,17 +78,28 @@ class SlotTable:
         steps: Sequence[int],
         temperatures: Sequence[float],
         seeds: Sequence[int],
+        filters: Sequence[Filters] | None = None,
     ) -> None:
-        """Set the state of slots: the token that comes next, its position, the number of tokens drawn before, and the sampling."""
-        whole = (
-            torch.tensor([slots, tokens, positions, steps, seeds], dtype=torch.int64)
-            .pin_memory()
-            .to(self.tokens.device, non_blocking=True)
-        )
-        warm = torch.tensor(temperatures, dtype=torch.float32).pin_memory().to(self.tokens.device, non_blocking=True)
+        """Set the state of slots: the token that comes next, its position, the number of tokens drawn before, and the sampling.
+
+        A temperature below 1e-5 is greedy; `filters` of a greedy request are not looked at.
+        """
+        top_ks, top_ps, min_ps = zip(*(filters or [NO_FILTERS] * len(slots)), strict=True)
+        whole = self._send([slots, tokens, positions, steps, seeds, top_ks], torch.int64)
+        real = self._send([temperatures, top_ps, min_ps], torch.float32)
         at = whole[0]
         self.tokens[at] = whole[1].int()
         self.positions[at] = whole[2].int()
         self.steps[at] = whole[3].int()
         self.seeds[at] = whole[4]
-        self.temperatures[at] = warm
+        self.top_ks[at] = whole[5].int()
+        self.temperatures[at], self.top_ps[at], self.min_ps[at] = real[0], real[1], real[2]
+        self._filtered.difference_update(slots)
+        self._filtered.update(slot for slot, wanted in zip(slots, filters or (), strict=False) if wanted != NO_FILTERS)
+
+    def any_filtered(self, slots: Sequence[int]) -> bool:
+        """Whether one of these slots draws under top-k, top-p or min-p."""
+        return not self._filtered.isdisjoint(slots)
+
+    def _send(self, rows: Sequence[Sequence[float]], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(rows, dtype=dtype).pin_memory().to(self.tokens.device, non_blocking=True)
