@@ -94,6 +94,7 @@ WRONG: list[tuple[str, Values]] = [
     ("endpoint.engine.quantization", {"endpoint": {"engine": {"device": "cpu", "quantization": "int4"}, "gpusPerReplica": 0}}),
     ("endpoint.engine.block_size", {"endpoint": {"engine": {"quantization": "int8", "block_size": 8}}}),
     ("endpoint.engine.num_speculative_tokens", {"endpoint": {"engine": {"num_speculative_tokens": 4}}}),
+    ("endpoint.engine.engine", {"endpoint": {"engine": {"engine": "vllm", "quantization": "int4"}}}),
     ("endpoint.engine.itl_target_ms", {"endpoint": {"engine": {"itl_target_ms": 20}}}),
     ("endpoint.engine.itl_target_ms and deterministic", {"endpoint": {"engine": {"deterministic": True}}}),
     (

@@ -58,6 +58,19 @@ def test_the_process_reads_every_option() -> None:
     assert Path(read["model"]) == cria_path()
 
 
-def test_a_draft_that_does_not_exist_is_named() -> None:
+def test_an_engine_or_a_draft_that_does_not_exist_is_named() -> None:
+    with pytest.raises(ValueError, match="altiplano or vllm, not 'sglang'"):
+        parse({"model": "cria", "engine": "sglang"})
     with pytest.raises(ValueError, match="/nowhere"):
         parse({"model": "cria", "num_speculative_tokens": 4, "speculative_model": "/nowhere"})
+
+
+def test_an_engine_that_cannot_be_started_says_why_to_the_front_end() -> None:
+    """vLLM on a laptop: refused by the engine's process before anything is loaded."""
+    settings, _ = parse({"model": "cria", "engine": "vllm"})
+
+    async def start() -> None:
+        await EngineClient(settings).start()
+
+    with pytest.raises(RuntimeError, match=r"vLLM cannot be started with device cpu.*use engine altiplano"):
+        asyncio.run(start())

@@ -53,6 +53,19 @@ def test_values_know_where_they_come_from(tmp_path: Path) -> None:
         (("run: {name: test}", "run: {name: test}\ngate: {primary: bleu}"), "", "evaluate.tasks"),
         (("2e-4", "2e-4\n  tokens_per_step: 100"), "", "raise tokens_per_step"),
         (("run: {name: test}", "run: {name: test}\nlora: {init_lora_weights: pissa}"), ":8: lora.init_lora_weights", "pissa"),
+        (("run: {name: test}", "run: {name: test}\nserve: {engine: vllm}"), "", "serve.engine vllm needs a GPU"),
+        (
+            ("run: {name: test}", "run: {name: test}\nscaling: {use_gpu: true}\nserve: {engine: vllm, quantization: int4}"),
+            "",
+            "neither serve.quantization nor",
+        ),
+        (("run: {name: test}", "run: {name: test}\nserve: {speculative_model: x}"), "", "set serve.num_speculative_tokens"),
+        (("run: {name: test}", "run: {name: test}\nserve: {itl_target_ms: 0}"), ":8: serve.itl_target_ms", "greater than 0"),
+        (
+            ("run: {name: test}", "run: {name: test}\nscaling: {use_gpu: true}\nserve: {deterministic: true}"),
+            "",
+            "for the CPU backend so far",
+        ),
     ],
 )
 def test_mistakes_are_named_with_their_line(tmp_path: Path, change: tuple[str, str], place: str, words: str) -> None:

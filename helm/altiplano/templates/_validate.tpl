@@ -147,6 +147,9 @@ What a schema cannot say: rules between values, and the rules that only KubeRay'
 {{- if and (eq .engine.device "cuda") (or (hasKey .engine "itl_target_ms") .engine.deterministic) -}}
 {{- $wrong = append $wrong "endpoint.engine.itl_target_ms and deterministic: are for the CPU backend so far: leave them out with device cuda" -}}
 {{- end -}}
+{{- if and (eq (.engine.engine | default "altiplano") "vllm") (or (eq .engine.device "cpu") (ne (.engine.quantization | default "none") "none") (eq (.engine.kv_cache_dtype | default "auto") "int8")) -}}
+{{- $wrong = append $wrong "endpoint.engine.engine: vllm needs device cuda, and has neither quantization nor kv_cache_dtype int8" -}}
+{{- end -}}
 {{- if and .engine.speculative_model (not .engine.num_speculative_tokens) -}}
 {{- $wrong = append $wrong "endpoint.engine.speculative_model: guesses nothing: set endpoint.engine.num_speculative_tokens above 0" -}}
 {{- end -}}

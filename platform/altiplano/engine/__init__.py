@@ -9,6 +9,7 @@ from altiplano.engine.config import EngineConfig
 from altiplano.engine.core import Completion, Engine, EngineStats, TokenOutput
 from altiplano.engine.errors import AdapterError, EngineError, PromptTooLongError, UnknownAdapterError, WeightsError
 from altiplano.engine.params import SamplingParams
+from altiplano.engine.vllm.engine import VllmEngine
 
 __all__ = [
     "AdapterError",
@@ -21,6 +22,7 @@ __all__ = [
     "SamplingParams",
     "TokenOutput",
     "UnknownAdapterError",
+    "VllmEngine",
     "WeightsError",
     "create_engine",
 ]

@@ -64,6 +64,8 @@ def parse(args: dict[str, Any]) -> tuple[ServeSettings, spec.Serve]:
         raise ValueError("the argument model is missing: name cria, a directory or a hub id")
     model = resolve_model_path(spec.Model(model_name_or_path=args["model"]))
     engine = {"served_model_name": str(args["model"])} | {name: args[name] for name in of_engine & set(args)}
+    if engine.get("engine", "altiplano") not in ("altiplano", "vllm"):
+        raise ValueError(f"engine must be altiplano or vllm, not {engine['engine']!r}")
     if engine.get("speculative_model") is not None:
         engine["speculative_model"] = str(resolve_model_path(spec.Model(model_name_or_path=engine["speculative_model"])))
     # Governance counts in the engine's sequences.

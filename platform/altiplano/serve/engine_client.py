@@ -302,6 +302,7 @@ class EngineClient:
 def engine_settings(s: ServeSettings) -> dict[str, Any]:
     """What the engine's process reads on its standard input."""
     return {
+        "engine": s.engine,
         "model": s.model_path,
         "dtype": s.dtype,
         "device": s.device,

@@ -12,11 +12,11 @@ import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import msgspec
 
-from altiplano.engine import Engine, EngineConfig, SamplingParams, TokenOutput, create_engine
+from altiplano.engine import Engine, EngineConfig, SamplingParams, TokenOutput, VllmEngine, create_engine
 from altiplano.serve import grammar_worker as w
 from altiplano.serve import messages as m
 from altiplano.serve.grammars import Gone, Grammars
@@ -25,10 +25,18 @@ from altiplano.serve.grammars import Report as GrammarReport
 _LENGTH = struct.Struct("<I")
 
 
+class _Where(TypedDict):
+    """Where a request belongs."""
+
+    adapter: str | None
+    priority: int
+    namespace: str
+
+
 class Loop:
     """Commands in, steps out."""
 
-    def __init__(self, connection: socket.socket, engine: Engine) -> None:
+    def __init__(self, connection: socket.socket, engine: Engine | VllmEngine) -> None:
         self._connection, self._engine = connection, engine
         self._inbox: queue.Queue[m.Command | GrammarReport | None] = queue.Queue()
         runner, tokenizer = engine.runner, str(engine.config.model / "tokenizer.json")
@@ -65,17 +73,7 @@ class Loop:
         engine = self._engine
         if isinstance(command, m.Add):
             try:
-                params = SamplingParams(**msgspec.structs.asdict(command.sampling), structured=command.grammar is not None)
-                engine.add_request(
-                    command.request_id,
-                    command.prompt,
-                    params,
-                    adapter=command.adapter,
-                    priority=command.priority,
-                    namespace=command.namespace,
-                )
-                if command.grammar is not None:
-                    self._grammars.begin(command.request_id, command.grammar)
+                self._add(command)
             except ValueError as error:
                 self._send(m.Refused(command.request_id, str(error)))
         elif isinstance(command, m.Abort):
@@ -93,9 +91,21 @@ class Loop:
             except ValueError as error:
                 self._send(m.Done(command.call, error=str(error)))
 
+    def _add(self, command: m.Add) -> None:
+        engine, named = self._engine, (command.request_id, command.prompt)
+        params = SamplingParams(**msgspec.structs.asdict(command.sampling), structured=command.grammar is not None)
+        where: _Where = {"adapter": command.adapter, "priority": command.priority, "namespace": command.namespace}
+        if isinstance(engine, VllmEngine):  # which compiles grammars itself
+            engine.add_request(*named, params, **where, grammar=command.grammar)
+            return
+        engine.add_request(*named, params, **where)
+        if command.grammar is not None:
+            self._grammars.begin(command.request_id, command.grammar)
+
     def _handle_grammars(self, report: GrammarReport) -> None:
         for answer in self._grammars.take_report(report):
             if isinstance(answer, w.Allowed):
+                assert isinstance(self._engine, Engine)
                 self._engine.allow(answer.request_id, answer.tokens)
             else:
                 self._engine.abort(answer.request_id)
@@ -124,7 +134,7 @@ class Loop:
 
 def main() -> None:
     settings: dict[str, Any] = json.load(sys.stdin)
-    threads = settings.pop("threads")
+    threads, kind = settings.pop("threads"), settings.pop("engine")
     if threads:
         import torch
 
@@ -133,13 +143,20 @@ def main() -> None:
         connection.connect(sys.argv[1])
         try:
             paths = {name: Path(settings[name]) for name in ("model", "speculative_model") if settings[name] is not None}
-            engine = create_engine(EngineConfig(**(settings | paths)))
+            config = EngineConfig(**(settings | paths))
+            engine = _vllm(config) if kind == "vllm" else create_engine(config)
             Loop(connection, engine).run()
         except (BrokenPipeError, ConnectionResetError):
             os._exit(0)
         except Exception as error:
             connection.sendall(m.frame(m.Failed(f"{type(error).__name__}: {error}")))
             raise
+
+
+def _vllm(config: EngineConfig) -> VllmEngine:
+    # In this process: it is the engine's own already, and vLLM's would be asked by pickle. Nothing is reported to anybody.
+    os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"})
+    return VllmEngine(config)
 
 
 def _token(output: TokenOutput) -> m.Token:

@@ -13,6 +13,7 @@ class ServeSettings:
     aliases: dict[str, str] = field(default_factory=dict)
     date_string: str = "26 Jul 2024"
     template_digest: str | None = None
+    engine: str = "altiplano"  # or "vllm"
     dtype: str = "float32"
     device: str = "cpu"
     max_model_len: int = 2048

@@ -263,7 +263,9 @@ class Serve(Section):
     enabled: bool = True
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
-    engine: Literal["altiplano"] = "altiplano"
+    engine: Literal["altiplano", "vllm"] = Field(
+        "altiplano", description="Our own engine, or vLLM where its package is installed in the image; vllm needs a GPU."
+    )
     max_model_len: int = Field(2048, ge=16)
     max_num_seqs: int = Field(64, ge=1)
     max_num_batched_tokens: int = Field(2048, ge=16)
@@ -374,6 +376,8 @@ class Pipeline(Section):
             raise ValueError(
                 "serve.kv_cache_dtype and serve.quantization need a GPU: leave them out, or set scaling.use_gpu=true"
             )
+        if self.serve.engine == "vllm":
+            self._check_vllm()
         if self.scaling.use_gpu and self.serve.num_speculative_tokens:
             raise ValueError("serve.num_speculative_tokens is for the CPU backend so far: set it to 0, or scaling.use_gpu=false")
         if self.scaling.use_gpu and (self.serve.itl_target_ms is not None or self.serve.deterministic):
@@ -395,3 +399,11 @@ class Pipeline(Section):
         if self.model.load_in_4bit and self.lora.use_dora and self.scaling.use_gpu is False:
             raise ValueError("model.load_in_4bit with lora.use_dora needs a GPU: set scaling.use_gpu or turn one of them off")
         return self
+
+    def _check_vllm(self) -> None:
+        if not self.scaling.use_gpu:
+            raise ValueError("serve.engine vllm needs a GPU: set scaling.use_gpu=true, or serve.engine to altiplano")
+        if self.serve.quantization != "none" or self.serve.kv_cache_dtype == "int8":
+            raise ValueError(
+                "serve.engine vllm has neither serve.quantization nor serve.kv_cache_dtype int8: leave them out, or set serve.engine to altiplano"
+            )

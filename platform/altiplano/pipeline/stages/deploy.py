@@ -102,6 +102,7 @@ def serve_settings(pipeline: spec.Pipeline, model: str, served: str, adapter: st
         aliases={CHAMPION: served},
         date_string=pipeline.data.date_string,
         template_digest=template_digest,
+        engine=pipeline.serve.engine,
         dtype=pipeline.model.dtype,
         device="cuda" if pipeline.scaling.use_gpu else "cpu",
         max_model_len=pipeline.serve.max_model_len,

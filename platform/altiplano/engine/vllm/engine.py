@@ -1,0 +1,267 @@
+"""vLLM's synchronous engine as ours: the same calls, the same outputs.
+
+Written against the documented interface of vLLM 0.26: EngineArgs, LLMEngine (from_engine_args, add_request, step, abort_request,
+add_lora, remove_lora, get_metrics), SamplingParams, StructuredOutputsParams, LoRARequest.
+"""
+
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from altiplano.engine.config import EngineConfig, read_config
+from altiplano.engine.core import EngineStats, TokenOutput
+from altiplano.engine.errors import AdapterError, EngineError, PromptTooLongError, UnknownAdapterError
+from altiplano.engine.params import SamplingParams
+from altiplano.engine.vllm.mapping import engine_args, sampling_params
+
+MISSING = (
+    "engine vllm needs the package vllm, which is not installed here: install vllm>=0.26,<0.27 into the image (it brings its own "
+    "torch), or use engine altiplano"
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What callers ask of `Engine.runner`."""
+
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    max_position_embeddings: int
+
+
+@dataclass
+class _Request:
+    max_tokens: int
+    top: int  # most likely tokens to report
+    adapter: str | None
+    told: bool = False
+
+
+class VllmEngine:
+    """`Engine` on vLLM. Grammars are given with their requests, so nobody is ever blocked.
+
+    Raises:
+        EngineError: vLLM is not installed, does not start, or lacks a setting.
+        WeightsError: the model directory cannot be used.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        arguments = engine_args(config)
+        self.config, model = config, read_config(config.model)
+        self.runner = Model(model.vocab_size, model.eos_token_ids, model.max_position_embeddings)
+        try:
+            self._vllm = import_module("vllm")
+        except ImportError as error:
+            raise EngineError(f"{MISSING} ({error})") from error
+        self._sampling = import_module("vllm.sampling_params")
+        self._lora = import_module("vllm.lora.request")
+        self._engine: Any = self._vllm.LLMEngine.from_engine_args(self._vllm.EngineArgs(**arguments))
+        self._requests: dict[str, _Request] = {}
+        self._adapters: dict[str, Any] = {}
+        self._numbers = itertools.count(1)
+        self._news: list[TokenOutput] = []
+        self._prompt_tokens = self._generated = self._cached = self._steps = 0
+        self._seconds = 0.0
+
+    @property
+    def adapters(self) -> list[str]:
+        return sorted(self._adapters)
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        adapter: str | None = None,
+        priority: int = 0,
+        namespace: str = "",
+        grammar: str | None = None,
+    ) -> None:
+        """As `Engine.add_request`; `grammar` (llguidance's Lark) bounds a structured request.
+
+        Raises:
+            ValueError: what our own engine refuses, or vLLM does.
+        """
+        self._check(request_id, prompt_token_ids, params, adapter)
+        settings = sampling_params(params, grammar)
+        if grammar is not None:
+            settings["structured_outputs"] = self._sampling.StructuredOutputsParams(grammar=grammar)
+        prompt: dict[str, Any] = {"prompt_token_ids": list(prompt_token_ids)}
+        if namespace:
+            prompt["cache_salt"] = namespace
+        self._engine.add_request(
+            request_id,
+            prompt,
+            self._sampling.SamplingParams(**settings, output_kind=self._sampling.RequestOutputKind.DELTA),
+            lora_request=None if adapter is None else self._adapters[adapter],
+            priority=priority,
+        )
+        self._requests[request_id] = _Request(params.max_tokens, params.logprobs or 0, adapter)
+        self._prompt_tokens += len(prompt_token_ids)
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its last output comes with the next step. Unknown ids are ignored."""
+        if self._requests.pop(request_id, None) is not None:
+            self._engine.abort_request([request_id])
+            self._news.append(TokenOutput(request_id, None, finish_reason="abort"))
+
+    def has_unfinished(self) -> bool:
+        return bool(self._requests or self._news)
+
+    def is_blocked(self) -> bool:
+        return False
+
+    def step(self) -> list[TokenOutput]:
+        """One step of vLLM and its news."""
+        news, self._news = self._news, []
+        if not self._requests:
+            return news
+        started = time.perf_counter()
+        outputs = self._engine.step()
+        self._seconds += time.perf_counter() - started
+        self._steps += 1
+        for output in outputs:
+            request = self._requests.get(output.request_id)
+            if request is not None:  # else it was aborted a moment ago
+                news += self._take(request, output)
+        return news
+
+    def load_adapter(self, name: str, directory: Path) -> None:
+        """Load (or replace) a LoRA adapter from a directory in PEFT's format.
+
+        Raises:
+            AdapterError: it is in use, of a kind that vLLM does not run, or vLLM refuses it.
+        """
+        self._check_idle(name)
+        _check_kind(directory)
+        # Its id is new, so cached prefixes of a predecessor of the same name are not hit.
+        adapter = self._lora.LoRARequest(lora_name=name, lora_int_id=next(self._numbers), lora_path=str(directory))
+        try:
+            loaded = self._engine.add_lora(adapter)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise AdapterError(f"vLLM does not load adapter {name!r} from {directory}: {error}") from error
+        if loaded is False:
+            raise AdapterError(f"vLLM does not load adapter {name!r} from {directory}: unload another, or raise max_loras")
+        before = self._adapters.get(name)
+        self._adapters[name] = adapter
+        if before is not None:
+            self._engine.remove_lora(before.lora_int_id)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter.
+
+        Raises:
+            UnknownAdapterError: there is none of that name.
+            AdapterError: requests still use it.
+        """
+        if name not in self._adapters:
+            raise UnknownAdapterError(f"no adapter {name!r} is loaded; loaded: {', '.join(self.adapters) or 'none'}")
+        self._check_idle(name)
+        self._engine.remove_lora(self._adapters.pop(name).lora_int_id)
+
+    def stats(self) -> EngineStats:
+        """Our own counts, and vLLM's gauges where it has them; what it does not tell is 0."""
+        gauges = {metric.name: getattr(metric, "value", 0) for metric in self._engine.get_metrics()}
+        usage = float(gauges.get("vllm:kv_cache_usage_perc", 0.0))
+        waiting = int(gauges.get("vllm:num_requests_waiting", 0))
+        return EngineStats(
+            num_running=len(self._requests) - min(waiting, len(self._requests)),
+            num_waiting=waiting,
+            kv_cache_usage=usage,
+            num_cached_pages=0,
+            kv_cache_held=usage,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generated,
+            cached_tokens=self._cached,
+            preemptions=int(gauges.get("vllm:num_preemptions", 0)),
+            guessed_tokens=0,
+            accepted_tokens=0,
+            guessed_steps=0,
+            draft_seconds=0.0,
+            steps=self._steps,
+            step_seconds=self._seconds,
+        )
+
+    def _take(self, request: _Request, output: Any) -> list[TokenOutput]:
+        """A RequestOutput of kind DELTA as our outputs, one for each token."""
+        (completion,) = output.outputs
+        reason, tokens = completion.finish_reason, list(completion.token_ids)
+        logprobs = completion.logprobs or [None] * len(tokens)
+        if reason is not None:
+            del self._requests[output.request_id]
+        if request.max_tokens == 0:
+            tokens, logprobs, reason = [], [], reason and "length"
+        news = [
+            TokenOutput(output.request_id, token, *_chosen(token, found, request.top))
+            for token, found in zip(tokens, logprobs, strict=True)
+        ]
+        self._generated += len(news)
+        if not news and reason is not None:
+            news = [TokenOutput(output.request_id, None)]
+        if not news:
+            return []
+        if not request.told:
+            request.told = True
+            cached = output.num_cached_tokens or 0
+            self._cached += cached
+            first = _of_prompt(output, request.top)
+            news[0] = replace(news[0], num_cached_tokens=cached, queue_seconds=_queued(output), **first)
+        news[-1] = replace(news[-1], finish_reason=reason)
+        return news
+
+    def _check(self, request_id: str, prompt: Sequence[int], params: SamplingParams, adapter: str | None) -> None:
+        if request_id in self._requests:
+            raise ValueError(f"request id {request_id!r} is in use: give every request its own")
+        if not prompt:
+            raise ValueError("the prompt is empty: give at least one token")
+        limit = self.config.max_model_len
+        if len(prompt) + max(1, params.max_tokens) > limit:
+            raise PromptTooLongError(
+                f"{len(prompt)} prompt tokens and max_tokens {params.max_tokens} are more than the context of {limit}: shorten one of them"
+            )
+        if adapter is not None and adapter not in self._adapters:
+            raise UnknownAdapterError(f"no adapter {adapter!r} is loaded; loaded: {', '.join(self.adapters) or 'none'}")
+
+    def _check_idle(self, name: str) -> None:
+        if any(request.adapter == name for request in self._requests.values()):
+            raise AdapterError(f"adapter {name!r} is in use by running requests: wait for them or abort them")
+
+
+def _check_kind(directory: Path) -> None:
+    path = directory / "adapter_config.json"
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path} cannot be read ({error}): the adapter must be a directory in PEFT's format") from error
+    if settings.get("use_dora"):
+        raise AdapterError(f"{path} is DoRA, which vLLM does not run: merge it into its base, or use engine altiplano")
+
+
+def _chosen(token: int, found: Any, top: int) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+    """(log-probability of the token, the `top` most likely ones); vLLM lists the token beside them, wherever it ranks."""
+    return (None, ()) if found is None else (found[token].logprob, _ranked(found, top))
+
+
+def _ranked(found: Any, top: int) -> tuple[tuple[int, float], ...]:
+    ordered = sorted(found.items(), key=lambda item: item[1].rank)
+    return tuple((token, entry.logprob) for token, entry in ordered[:top])
+
+
+def _of_prompt(output: Any, top: int) -> dict[str, Any]:
+    """Of prompt tokens 1, 2, …; vLLM's list begins with None for token 0."""
+    if not output.prompt_logprobs:
+        return {}
+    rows = list(zip(output.prompt_token_ids, output.prompt_logprobs, strict=True))[1:]
+    found: dict[str, Any] = {"prompt_logprobs": tuple(row[token].logprob for token, row in rows)}
+    return found | ({"prompt_top": tuple(_ranked(row, top) for _, row in rows)} if top else {})
+
+
+def _queued(output: Any) -> float | None:
+    """Seconds from arrival to the first step, where vLLM keeps count."""
+    return None if output.metrics is None else output.metrics.scheduled_ts - output.metrics.queued_ts
