@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from altiplano.engine.config import LlamaConfig
-from altiplano.engine.cuda.quantized import AnyLayer, PackedWeights, weight_of
+from altiplano.engine.cuda.quantized import AnyLayer, CodedWeights, PackedWeights, weight_of
 from altiplano.engine.weights import Weights
 from altiplano_kernels.cluster_attention.kernel import Shape, decode_clusters, fits
 from altiplano_kernels.few_rows import kernel as few
@@ -31,6 +31,8 @@ class FewRows:
 
     def __init__(self, model: "CudaLlama") -> None:
         config, device = model.config, str(model.cache.device)
+        assert not isinstance(model.weights, CodedWeights), "these kernels read bf16 or packed weights"
+        self._weights: Weights | PackedWeights = model.weights
         self._model, self._width = model, (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
         query = config.num_attention_heads * config.head_dim
         self._scratch = few.Step(config.hidden_size, query, config.intermediate_size, config.head_dim, MOST_BLOCKS, device)
@@ -52,7 +54,7 @@ class FewRows:
 
     def step(self, rows: torch.Tensor) -> None:
         """One token for each slot in `rows`: int32 [rows]; draws it and advances the slots. Capturable."""
-        residual, weights, slots, scratch = self._residual(rows), self._model.weights, self._model.slots, self._scratch
+        residual, weights, slots, scratch = self._residual(rows), self._weights, self._model.slots, self._scratch
         blocks = few.norm_draw(
             residual,
             _head(weights),
@@ -69,7 +71,7 @@ class FewRows:
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """bf16 [rows, vocab] of one token for each slot in `rows`: int32 [rows], for draws that need them. Capturable; valid until the next call."""
-        residual, weights = self._residual(rows), self._model.weights
+        residual, weights = self._residual(rows), self._weights
         if self._logits is None:
             self._logits = torch.empty(few.MOST_ROWS, self._model.config.vocab_size, dtype=torch.bfloat16, device=rows.device)
         out = self._logits[: len(rows)]
@@ -79,7 +81,7 @@ class FewRows:
     def _residual(self, rows: torch.Tensor) -> torch.Tensor:
         """The sums behind the last layer, bf16 [rows, hidden], before the last norm."""
         model, scratch, slots = self._model, self._scratch, self._model.slots
-        config, weights, plan, count = model.config, model.weights, self.plans.get, len(rows)
+        config, weights, plan, count = model.config, self._weights, self.plans.get, len(rows)
         eps, heads = config.rms_norm_eps, config.num_attention_heads
         residual, mixed, wide = scratch.residual[:count], scratch.mixed[:count], scratch.wide[:count]
         few.begin(rows, slots.tokens, slots.positions, slots.tables, weights.embedding, model.cos_sin, model.cache[0], scratch)

@@ -9,7 +9,7 @@ import torch
 
 from altiplano.engine.config import LlamaConfig
 from altiplano.engine.cuda.adapter_pool import Update
-from altiplano.engine.cuda.quantized import AnyLayer, PackedWeights
+from altiplano.engine.cuda.quantized import AnyLayer, CodedLayer, CodedWeights, PackedWeights
 from altiplano.engine.cuda.slots import SlotTable
 from altiplano.engine.weights import Layer, Weights
 from altiplano_kernels.cluster_attention.kernel import decode_clusters, fits
@@ -20,6 +20,7 @@ from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, choose_spl
 from altiplano_kernels.prefill_attention.kernel import prefill
 from altiplano_kernels.rope.reference import cos_sin, inverse_frequencies
 from altiplano_kernels.swiglu.kernel import swiglu
+from altiplano_kernels.w8a8 import kernel as w8a8
 
 # Below, the kernels of `few_rows` do the step; where they do not fit, the library's products are faster than ours that split sums.
 LEAST_SPLIT_ROWS = 17
@@ -32,7 +33,7 @@ class CudaLlama:
     def __init__(
         self,
         config: LlamaConfig,
-        weights: Weights | PackedWeights,
+        weights: Weights | PackedWeights | CodedWeights,
         cache: torch.Tensor,
         scales: torch.Tensor | None,
         slots: SlotTable,
@@ -117,7 +118,7 @@ class CudaLlama:
 
     def _layers(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | w8a8.Codes,
         residual: torch.Tensor,
         positions: torch.Tensor,
         slots_of: torch.Tensor,
@@ -126,21 +127,25 @@ class CudaLlama:
         pdl: bool,
     ) -> torch.Tensor:
         config = self.config
-        layers: Sequence[AnyLayer] = self.weights.layers
+        layers: Sequence[AnyLayer | CodedLayer] = self.weights.layers
         heads = config.num_attention_heads
-        split = pdl and LEAST_SPLIT_ROWS <= len(x) <= linear.MOST_ROWS and update is None and self._splits
+        split = pdl and LEAST_SPLIT_ROWS <= len(residual) <= linear.MOST_ROWS and update is None and self._splits
         for index, layer in enumerate(layers):
-            qkv = x @ layer.qkv.T
+            qkv = _product(x, layer, "qkv")
             if update is not None:
+                assert isinstance(x, torch.Tensor), "adapters read rows that are not quantized"
                 update("qkv", index, x, qkv)
             scales = None if self.scales is None else self.scales[index]
             rope_and_write(qkv, positions, slots_of, self.slots.tables, self.cos_sin, self.cache[index], scales, heads, pdl)
             mixed = attend(index, qkv)
             after = layers[index + 1].input_norm if index + 1 < len(layers) else self.weights.norm
-            if split:
+            if split and not isinstance(layer, CodedLayer):
                 x = self._finish_split(mixed, residual, layer, after, pdl)
+            elif isinstance(layer, CodedLayer) and update is None:
+                x = self._finish_coded(mixed, residual, layer, after, after is self.weights.norm)
             else:
                 x = self._finish(mixed, residual, index, after, update, pdl)
+        assert isinstance(x, torch.Tensor), "the last layer leaves bf16"
         return x
 
     def _finish(
@@ -152,17 +157,17 @@ class CudaLlama:
         update: Update | None,
         pdl: bool,
     ) -> torch.Tensor:
-        """From attention to the next layer's input, with cuBLAS."""
+        """From attention to the next layer's input, in steps that adapters can add to."""
         layer, eps = self.weights.layers[index], self.config.rms_norm_eps
-        x = mixed @ layer.o.T
+        x = _product(mixed, layer, "o")
         if update is not None:
             update("o", index, mixed, x)
         add_norm(x, residual, layer.post_norm, x, eps, pdl)
-        gate_up = x @ layer.gate_up.T
+        gate_up = _product(x, layer, "gate_up")
         if update is not None:
             update("gate_up", index, x, gate_up)
         wide = swiglu(gate_up, torch.empty(len(x), gate_up.shape[1] // 2, dtype=x.dtype, device=x.device), pdl)
-        x = wide @ layer.down.T
+        x = _product(wide, layer, "down")
         if update is not None:
             update("down", index, wide, x)
         add_norm(x, residual, after, x, eps, pdl)
@@ -178,3 +183,26 @@ class CudaLlama:
         wide = linear.swiglu_linear(x, layer.gate_up, linear.GATED_SOME, pdl)
         add_norm_parts(linear.linear_parts(wide, layer.down, parts, pdl), residual, after, x, eps, pdl)
         return x
+
+    def _finish_coded(
+        self, mixed: torch.Tensor, residual: torch.Tensor, layer: CodedLayer, after: torch.Tensor, last: bool
+    ) -> torch.Tensor | w8a8.Codes:
+        """The same on 8 bits: norm and SwiGLU leave the codes that the next product reads; the `last` norm leaves bf16."""
+        eps, kind = self.config.rms_norm_eps, layer.kind
+        x = w8a8.linear(w8a8.quantize_rows(mixed, kind), layer.o)
+        gate_up = w8a8.linear(w8a8.add_norm(x, residual, layer.post_norm, eps, kind), layer.gate_up)
+        x = w8a8.linear(w8a8.swiglu(gate_up, kind), layer.down)
+        if not last:
+            return w8a8.add_norm(x, residual, after, eps, kind)
+        add_norm(x, residual, after, x, eps)
+        return x
+
+
+def _product(x: torch.Tensor | w8a8.Codes, layer: AnyLayer | CodedLayer, name: str) -> torch.Tensor:
+    """bf16 rows times a weight of a layer; the library's product where neither is quantized."""
+    if isinstance(layer, CodedLayer):
+        codes = x if isinstance(x, w8a8.Codes) else w8a8.quantize_rows(x, layer.kind)
+        return w8a8.linear(codes, getattr(layer, name))
+    assert isinstance(x, torch.Tensor), "rows are quantized for coded layers only"
+    weight: torch.Tensor = getattr(layer, name)
+    return x @ weight.T

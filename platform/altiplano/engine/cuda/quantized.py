@@ -1,5 +1,9 @@
-"""Weight-only quantization: 8 or 4 bits in groups of 128 inputs, made from the bf16 checkpoint when it is loaded (round to nearest).
+"""Weights of fewer bits, made from the bf16 checkpoint when it is loaded (round to nearest).
 
+W8A8 (FP8 or INT8): a scale per output channel, and one per row of the inputs, which are quantized in every step. Embedding and head
+stay bf16.
+
+Weight-only: 8 or 4 bits in groups of 128 inputs.
 Small batches read the codes; products of more rows unpack one matrix at a time into a scratch buffer that all layers share. The
 head has 8 bits in both cases, and larger batches use the bf16 embedding that it is tied to.
 """
@@ -11,8 +15,11 @@ import torch
 from altiplano.engine.weights import Layer, Weights
 from altiplano_kernels.few_rows.kernel import unpack
 from altiplano_kernels.few_rows.quantized import Packed, pack, quantize
+from altiplano_kernels.w8a8.kernel import Codes
+from altiplano_kernels.w8a8.reference import quantize_rows
 
-BITS = {"int8": 8, "int4": 4}
+BITS = {"int8": 8, "int4": 4}  # of weights alone
+CODES = {"w8a8-fp8": torch.float8_e4m3fn, "w8a8-int8": torch.int8}
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,45 @@ class PackedWeights:
     norm: torch.Tensor
     head: torch.Tensor
     packed_head: Packed
+
+
+@dataclass(frozen=True)
+class CodedLayer:
+    """A `Layer` whose products take rows of codes as well."""
+
+    input_norm: torch.Tensor
+    qkv: Codes
+    o: Codes
+    post_norm: torch.Tensor
+    gate_up: Codes
+    down: Codes
+
+    @property
+    def kind(self) -> torch.dtype:
+        return self.qkv.values.dtype
+
+
+@dataclass(frozen=True)
+class CodedWeights:
+    """`Weights` whose layers are coded."""
+
+    embedding: torch.Tensor
+    layers: tuple[CodedLayer, ...]
+    norm: torch.Tensor
+    head: torch.Tensor
+
+
+def code_weights(weights: Weights, kind: torch.dtype) -> CodedWeights:
+    """Quantize bf16 `weights` for W8A8 in `kind`: one of `CODES`."""
+
+    def codes(weight: torch.Tensor) -> Codes:
+        return Codes(*quantize_rows(weight, kind))
+
+    layers = tuple(
+        CodedLayer(one.input_norm, codes(one.qkv), codes(one.o), one.post_norm, codes(one.gate_up), codes(one.down))
+        for one in weights.layers
+    )
+    return CodedWeights(weights.embedding, layers, weights.norm, weights.head)
 
 
 def pack_weights(weights: Weights, bits: int, head_dim: int, fused_qkv: bool) -> PackedWeights:

@@ -14,7 +14,7 @@ from altiplano.engine.cuda.adapter_pool import AdapterPool, Update
 from altiplano.engine.cuda.few_rows import FewRows
 from altiplano.engine.cuda.graphs import DecodeGraphs, Kind, bucket_of
 from altiplano.engine.cuda.model import CudaLlama
-from altiplano.engine.cuda.quantized import BITS, PackedWeights, pack_weights
+from altiplano.engine.cuda.quantized import BITS, CODES, CodedWeights, PackedWeights, code_weights, pack_weights
 from altiplano.engine.cuda.slots import SlotTable
 from altiplano.engine.errors import AdapterError, EngineError
 from altiplano.engine.plan import Chunk, StepPlan
@@ -67,14 +67,16 @@ class CudaRunner:
             raise EngineError(f"kv_cache_dtype {kv_cache_dtype!r} is unknown: use one of {', '.join(CACHE_DTYPES)}")
         model = read_config(config.model)
         self._config, self._model_config, self._device = config, model, device
-        weights: Weights | PackedWeights
+        weights: Weights | PackedWeights | CodedWeights
         if config.load_format == "dummy":
             weights = random_weights(model, torch.bfloat16, device, config.seed)
         else:
             weights = load_weights(config.model, model, torch.bfloat16, device)
         kind = CACHE_DTYPES[kv_cache_dtype]
         bits = _bits(quantization, model, config.block_size)
-        if bits < 16:
+        if quantization in CODES:
+            weights = code_weights(weights, CODES[quantization])
+        elif bits < 16:
             weights = pack_weights(weights, bits, model.head_dim, fused_qkv=kind is torch.bfloat16)
         shape = (model.num_hidden_layers, config.num_blocks + 1, 2, model.num_key_value_heads, config.block_size, model.head_dim)
         _check_memory(shape, kind, config)
@@ -86,7 +88,8 @@ class CudaRunner:
         if largest > config.max_num_seqs:
             self.slots.rows = torch.full((largest,), self.slots.scratch, dtype=torch.int32, device=device)
         self.model = CudaLlama(model, weights, cache, scales, self.slots, largest)
-        self._few = FewRows(self.model) if FewRows.supports(model, config.block_size, bits) else None
+        few = quantization not in CODES and FewRows.supports(model, config.block_size, bits)
+        self._few = FewRows(self.model) if few else None
         self._draws = DrawWorkspace(largest, model.vocab_size, device)
         self._graphs = DecodeGraphs(self._decode_step, lambda bucket: self._set_rows((), bucket))
         self._adapters: set[str] = set()
@@ -278,11 +281,11 @@ class CudaRunner:
 
 
 def _bits(quantization: str, model: LlamaConfig, page: int) -> int:
-    """Bits of a weight; 16 where nothing is quantized."""
-    if quantization == "none":
+    """Bits of a weight that is quantized alone; 16 where none is."""
+    if quantization == "none" or quantization in CODES:
         return 16
     if quantization not in BITS:
-        raise EngineError(f"quantization {quantization!r} is unknown: use one of none, {', '.join(BITS)}")
+        raise EngineError(f"quantization {quantization!r} is unknown: use one of none, {', '.join((*BITS, *CODES))}")
     if not FewRows.supports(model, page, BITS[quantization]):
         raise EngineError(
             f"quantization {quantization} needs sizes that are multiples of 512 or 768 and a block_size that is one of 16; here hidden_size is "
