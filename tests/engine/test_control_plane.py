@@ -1,5 +1,8 @@
 """Pages, prefix cache and scheduler under random use: nothing leaks, nobody starves, no budget is broken."""
 
+from collections.abc import Sequence
+from random import Random
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -97,6 +100,53 @@ def test_every_request_ends_within_budget_and_without_leaks(
             if request.num_generated >= request.params.max_tokens:
                 scheduler.finish(request, "length")
                 assert request.state is State.FINISHED
+                del live[chunk.request_id]
+        scheduler.check()
+    assert not live
+    assert pool.num_free == num_pages - (len(scheduler.radix) if scheduler.radix else 0)
+
+
+@settings(deadline=None)
+@given(requests, st.integers(2, 9), st.integers(11, 30), st.integers(1, 4), st.booleans(), st.integers(1, 5), st.randoms())
+def test_guesses_and_a_limit_for_prompts_break_no_budget_and_starve_nobody(
+    wanted: list[tuple[int, int, int, bool]], budget: int, num_pages: int, slots: int, caching: bool, limit: int, rng: Random
+) -> None:
+    """Guesses of random number, of which a random number is right; prompts get `limit` tokens beside decodes."""
+    pool = PagePool(num_pages)
+
+    def guess(wants: Sequence[tuple[Request, int]], catch_up: int) -> list[tuple[int, ...]]:
+        assert all(len(request.pages) * BLOCK >= len(request.tokens) + places for request, places in wants)
+        assert catch_up >= 0
+        return [(99,) * rng.randrange(places + 1) for _, places in wants]
+
+    scheduler = Scheduler(
+        pool, RadixIndex(pool, BLOCK) if caching else None, BLOCK, slots, budget, guess=guess, prompt_limit=lambda decodes: limit
+    )
+    live = {}
+    for number, (length, answer, priority, common) in enumerate(wanted):
+        prompt = [0 if common else number + 1] * length
+        live[str(number)] = Request(str(number), length, prompt, SamplingParams(max_tokens=answer), 0, number, priority=priority)
+        scheduler.add(live[str(number)])
+    for _ in range(5000):
+        if not live:
+            break
+        decoding = sum(len(r.tokens) - r.num_computed == 1 for r in scheduler.running)
+        plan = scheduler.plan()
+        assert plan.chunks, "there are requests, but nothing is planned"
+        assert plan.num_tokens <= budget
+        prompts = [chunk for chunk in plan.chunks if len(chunk.tokens) - chunk.num_guesses > 1]
+        if decoding and not plan.preempted:
+            assert sum(len(chunk.tokens) for chunk in prompts) <= limit
+        for chunk in plan.chunks:
+            request = live[chunk.request_id]
+            assert not (chunk.num_guesses and prompts), "no guesses beside prompts under a limit"
+            assert len(chunk.pages) * BLOCK >= chunk.start + len(chunk.tokens)
+            scheduler.advance(request, chunk, 99 if chunk.sample else None)
+            for _ in range(rng.randrange(chunk.num_guesses + 1)):
+                scheduler.accept(request, 99)
+            assert request.num_generated <= request.params.max_tokens
+            if request.num_generated == request.params.max_tokens:
+                scheduler.finish(request, "length")
                 del live[chunk.request_id]
         scheduler.check()
     assert not live
