@@ -1,6 +1,6 @@
 """Times of the batched kernels and of cuBLAS at Llama 3.2's shapes, against the bytes and operations that they must move and do.
 
-usage: PYTHONPATH=platform:kernels python benchmarks/engine/kernels.py [gemm] [decode] [prefill] [draw]; one JSON object per line.
+usage: PYTHONPATH=platform:kernels python benchmarks/engine/kernels.py [gemm] [decode] [prefill] [draw] [lora] [w8a8]; one JSON object per line.
 """
 
 import json
@@ -12,12 +12,18 @@ import torch
 
 from altiplano_kernels.cluster_attention.kernel import Shape, decode_clusters
 from altiplano_kernels.filtered_sampling.kernel import draw_filtered
+from altiplano_kernels.multi_lora import kernel as lora
+from altiplano_kernels.multi_lora.reference import add_adapters
 from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, choose_splits, decode
 from altiplano_kernels.prefill_attention.kernel import list_tiles, prefill
 from altiplano_kernels.sampling.kernel import DrawWorkspace, draw
+from altiplano_kernels.w8a8 import kernel as w8a8
+from altiplano_kernels.w8a8 import reference as w8a8_reference
 
 SHAPES = {"1b": (2048, 8192, 32, 8, 64), "3b": (3072, 8192, 24, 8, 128)}  # hidden, intermediate, heads, kv_heads, head_dim
 PAGE = 32
+COPY_TBPS = 4.22  # measured on one H200: read and write of device memory
+MATMUL_TFLOPS = 747  # likewise: bf16, 8192 x 8192 x 8192
 BUFFERS = 8  # layers that take turns, so that no weight or page comes from the L2 cache
 
 
@@ -200,10 +206,127 @@ def draws(model: str) -> None:
             say(kernel="draw", rows=rows, logits=name, sort_us=round(start.elapsed_time(end) * 1e3))
 
 
+def products(model: str) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Inputs, and where the outputs of each module end, of the four products of a layer."""
+    hidden, wide, heads, kv_heads, dim = SHAPES[model]
+    query, kv = heads * dim, kv_heads * dim
+    return {
+        "qkv": (hidden, (query, query + kv, query + 2 * kv)),
+        "o": (query, (hidden,)),
+        "gate_up": (hidden, (wide, 2 * wide)),
+        "down": (wide, (hidden,)),
+    }
+
+
+def error_of(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return round(float((found.double() - wanted).norm() / wanted.norm()), 5)
+
+
+def loras(model: str) -> None:
+    """Updates of rows with eight adapters in turn and every ninth without one (prompts: eight of 1 024 tokens), beside the bare product."""
+    for name, (k, bounds) in products(model).items():
+        for rank in (8, 64):
+            for rows in (1, 8, 64, 256):
+                owners = [1 + i % 9 if i % 9 < 8 else 0 for i in range(rows)]
+                adapter_update(model, name, rank, owners, lora.DECODE, k, bounds)
+            adapter_update(model, name, rank, [1 + i // 1024 for i in range(8192)], lora.PREFILL, k, bounds)
+
+
+def adapter_update(
+    model: str, name: str, rank: int, owners: list[int], shape: lora.Shape, k: int, bounds: tuple[int, ...]
+) -> None:
+    adapters, pool, rows, n = 8, 64, len(owners), bounds[-1]
+    down = torch.randn(adapters, len(bounds) * pool, k, device="cuda", dtype=torch.bfloat16) * 0.02
+    up = torch.randn(adapters, n, pool, device="cuda", dtype=torch.bfloat16) * 0.02
+    gain = torch.ones(adapters, n, device="cuda", dtype=torch.bfloat16)
+    weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(BUFFERS)]
+    listed = lora.list_tiles(owners, [rank] * adapters, shape, lora.most_tiles(rows, adapters, shape))
+    tiles = torch.tensor(listed, dtype=torch.int32, device="cuda")
+    x, out = (torch.randn(rows, wide, device="cuda", dtype=torch.bfloat16) for wide in (k, n))
+    wanted, once = out.double(), out.clone()
+    add_adapters(wanted, x.double(), down.double(), up.double(), gain.double(), bounds, owners, [rank] * adapters)
+    lora.add_adapters(once, x, down, up, gain, bounds, tiles, shape)
+    ms = graph_ms(lambda i: lora.add_adapters(out, x, down, up, gain, bounds, tiles, shape))
+    numbers = rank * (len(bounds) * k + n)
+    moved = 2 * (len(set(owners) - {0}) * numbers + rows * (k + 2 * n))
+    say(
+        kernel="lora",
+        model=model,
+        name=name,
+        rank=rank,
+        rows=rows,
+        error=error_of(once, wanted),
+        us=round(ms * 1e3, 1),
+        product_us=round(graph_ms(lambda i: x @ weights[i].T) * 1e3, 1),
+        megabytes=round(moved / 1e6, 2),
+        percent_of_copy=round(100 * moved / ms / 1e9 / COPY_TBPS, 1),
+        tflops=round(2 * rows * numbers / ms / 1e9, 1),
+    )
+
+
+def eight_bits(model: str) -> None:
+    """W8A8 products against float64 of the same codes, their times for each tiling, and bf16 beside them; and the kernels that make codes."""
+    for kind in (torch.float8_e4m3fn, torch.int8):
+        for name, (k, bounds) in products(model).items():
+            for rows in (16, 64, 256, 8192):
+                eight_bit_product(model, name, kind, rows, bounds[-1], k)
+        for rows in (16, 256, 8192):
+            codes_of_rows(model, kind, rows)
+
+
+def eight_bit_product(model: str, name: str, kind: torch.dtype, rows: int, n: int, k: int) -> None:
+    plain = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(BUFFERS)]
+    weights = [w8a8.Codes(*w8a8_reference.quantize_rows(w, kind)) for w in plain]
+    raw = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
+    x = w8a8.quantize_rows(raw, kind)
+    wanted = w8a8_reference.linear(*x, *weights[0])
+    times: dict[w8a8.Tiling, float] = {}
+    for tiling in {w8a8.FEW, w8a8.SOME, w8a8.MANY, w8a8.Tiling(128, 256, 128, 3, 8), w8a8.Tiling(64, 128, 128, 4, 4)}:
+        try:
+            times[tiling] = graph_ms(lambda i, tiling=tiling: w8a8.linear(x, weights[i], tiling))
+        except Exception as failure:
+            say(kernel="w8a8", failed=repr(failure)[:100], tiling=tiling)
+    best = min(times, key=lambda tiling: times[tiling])
+    ms = times[best]
+    say(
+        kernel="w8a8",
+        model=model,
+        kind=str(kind)[6:],
+        name=name,
+        rows=rows,
+        error=error_of(w8a8.linear(x, weights[0]), wanted),
+        error_of_quantizing=error_of(wanted, raw.double() @ plain[0].double().T),
+        us=round(ms * 1e3, 1),
+        tiling=best,
+        chosen_us=round(times.get(w8a8.choose_tiling(rows), float("nan")) * 1e3, 1),
+        bf16_us=round(graph_ms(lambda i: raw @ plain[i].T) * 1e3, 1),
+        megabytes=round((n * k + rows * (k + 2 * n)) / 1e6, 2),
+        percent_of_copy=round(100 * (n * k + rows * (k + 2 * n)) / ms / 1e9 / COPY_TBPS, 1),
+        tflops=round(2 * rows * n * k / ms / 1e9, 1),
+        percent_of_twice_bf16_matmul=round(100 * 2 * rows * n * k / ms / 1e9 / (2 * MATMUL_TFLOPS), 1),
+    )
+
+
+def codes_of_rows(model: str, kind: torch.dtype, rows: int) -> None:
+    hidden, wide = SHAPES[model][:2]
+    weight = torch.ones(hidden, device="cuda", dtype=torch.bfloat16)
+    x, residual = (torch.randn(rows, hidden, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    gate_up = torch.randn(rows, 2 * wide, device="cuda", dtype=torch.bfloat16)
+    makers: dict[str, tuple[Callable[[int], object], int]] = {
+        "add_norm": (lambda i: w8a8.add_norm(x, residual, weight, 1e-5, kind), 7 * rows * hidden),
+        "swiglu": (lambda i: w8a8.swiglu(gate_up, kind), 5 * rows * wide),
+        "quantize": (lambda i: w8a8.quantize_rows(x, kind), 3 * rows * hidden),
+    }
+    for name, (make, moved) in makers.items():
+        ms = graph_ms(make)
+        percent = round(100 * moved / ms / 1e9 / COPY_TBPS, 1)
+        say(kernel=f"w8a8 {name}", model=model, kind=str(kind)[6:], rows=rows, us=round(ms * 1e3, 1), percent_of_copy=percent)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
-    wanted = sys.argv[1:] or ["gemm", "decode", "prefill", "draw"]
+    kinds = {"gemm": gemms, "decode": decodes, "prefill": prefills, "draw": draws, "lora": loras, "w8a8": eight_bits}
+    wanted = sys.argv[1:] or list(kinds)
     for size in SHAPES:
-        for name, function in (("gemm", gemms), ("decode", decodes), ("prefill", prefills), ("draw", draws)):
-            if name in wanted:
-                function(size)
+        for name in wanted:
+            kinds[name](size)
