@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 from transformers import LlamaForCausalLM
 
 from altiplano.engine import Engine, EngineConfig, EngineError, SamplingParams
+from altiplano_kernels.sampling.reference import sample
 
 from .conftest import VOCAB, greedy, make_draft, make_llama
 
@@ -114,6 +117,21 @@ def test_the_distribution_is_the_models_and_not_the_drafts(tmp_path: Path) -> No
     drafts = LlamaForCausalLM.from_pretrained(tmp_path / "draft")
     assert chi_square(counts, exact(model)) > 1e-3
     assert chi_square(counts, exact(drafts)) < 1e-6
+
+
+@given(st.integers(0, 1000), st.floats(0.1, 3.0))
+def test_two_models_with_the_same_noise_agree_as_often_as_is_possible_without_talking(seed: int, distance: float) -> None:
+    """P[equal] >= (1 - TV) / (1 + TV): Daliri, Musco and Suresh, arXiv 2408.07978."""
+    torch.manual_seed(seed)
+    many = 4000
+    logits = torch.randn(20)
+    drafts = logits + distance * torch.randn(20)
+    settings = (torch.ones(many), torch.zeros(many, dtype=torch.int64), torch.ones(many), torch.zeros(many))
+    noise = (torch.arange(many), torch.full((many,), 3))
+    equal = sample(logits.expand(many, -1), *settings, *noise) == sample(drafts.expand(many, -1), *settings, *noise)
+    apart = float((logits.softmax(-1) - drafts.softmax(-1)).abs().sum()) / 2
+    bound = (1 - apart) / (1 + apart)
+    assert float(equal.float().mean()) >= bound - 5 * (0.25 / many) ** 0.5
 
 
 def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:

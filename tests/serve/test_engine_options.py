@@ -9,6 +9,7 @@ from altiplano.models.cria import cria_path
 from altiplano.serve import messages as m
 from altiplano.serve.application import parse
 from altiplano.serve.engine_client import EngineClient, engine_settings
+from altiplano.serve.metrics import Metrics
 from altiplano.serve.settings import ServeSettings
 
 PROMPT = list(range(30, 60))
@@ -47,6 +48,12 @@ def test_a_draft_a_latency_target_and_determinism_reach_the_engine_and_change_no
     assert again == said and len(said) == 40
     assert stats["accepted_tokens"] == stats["guessed_tokens"] > 0, "a draft that is the model itself is always right"
     assert stats["steps"] < 40 and stats["draft_seconds"] > 0
+    metrics = Metrics()
+    metrics.set_engine(stats, restarts=0)
+    shown = metrics.render().decode()
+    assert f"altiplano_spec_decode_num_draft_tokens {stats['guessed_tokens']}" in shown
+    assert f"altiplano_spec_decode_num_accepted_tokens {stats['accepted_tokens']}" in shown
+    assert f"altiplano_spec_decode_steps {stats['guessed_steps']}" in shown
 
 
 def test_the_process_reads_every_option() -> None:
