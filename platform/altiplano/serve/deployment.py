@@ -224,13 +224,13 @@ async def _in_test(method: str, *args: Any) -> list[dict[str, Any]]:
 
 async def _all_replicas(method: str, *args: Any, at: str | None = None) -> list[dict[str, Any]]:
     """What a method says on all replicas of an application, by default this one, that answer within seconds."""
-    handle = _handle(at or serve.get_replica_context().app_name)
     try:
+        handle = _handle(at or serve.get_replica_context().app_name)
         found = await handle.broadcast(method, *args).results_async(timeout_s=SNAPSHOT_TIMEOUT_S, return_exceptions=True)
-    except (RayServeException, TimeoutError):
+    except (RayServeException, KeyError, TimeoutError):
         if at is None:
             raise
-        return []  # it is gone
+        return []  # it is gone, or not there yet
     return [told for told in found if isinstance(told, dict)]
 
 

@@ -57,7 +57,8 @@ def carry_out(control: Applications, plan: Plan, state: State) -> None:
         raise NotYetError(f"the deployment of {plan.challenger} with {(plan.apart or {})['model']} starts")
     if found is None or found["status"] == "DEPLOY_FAILED":
         raise ChallengerFailedError(f"the deployment of {plan.challenger} did not come up: {told_by(found)}")
-    if found["status"] != "RUNNING" and state.live_since is None:
+    # One that was up and has lost a replica is judged by its requests.
+    if found["status"] != "RUNNING" and (found["status"] != "UNHEALTHY" or state.live_since is None):
         raise NotYetError(f"the deployment of {plan.challenger} starts ({told_by(found)})")
     if state.phase is Phase.promoted:
         control.set_applications(swapped(configs, plan))
