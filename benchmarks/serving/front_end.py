@@ -41,12 +41,31 @@ def fake_engine(step_s: float) -> list[str]:
     return [sys.executable, str(Path(__file__).with_name("fake_engine.py")), "--step-s", str(step_s)]
 
 
+class Steps:
+    """The fake engine's clock: one step for all who wait, `step_s` seconds after the first of them began to."""
+
+    def __init__(self, step_s: float) -> None:
+        self._step_s = step_s
+        self._next: asyncio.Event | None = None
+
+    async def wait(self) -> None:
+        if self._next is None:
+            self._next = asyncio.Event()
+            asyncio.get_running_loop().call_later(self._step_s, self._end, self._next)
+        await self._next.wait()
+
+    def _end(self, step: asyncio.Event) -> None:
+        self._next = None
+        step.set()
+
+
 def bare(step_s: float) -> Starlette:
-    """uvicorn's own cost: the body is read, and a stream has `max_tokens` chunks, `step_s` seconds apart."""
+    """uvicorn's own cost: the body is read, and a stream has `max_tokens` chunks, one a step."""
+    steps = Steps(step_s)
 
     async def chunks(count: int) -> AsyncIterator[bytes]:
         for _ in range(count):
-            await asyncio.sleep(step_s)
+            await steps.wait()
             yield CHUNK
         yield b"data: [DONE]\n\n"
 

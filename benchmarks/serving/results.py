@@ -34,7 +34,7 @@ def records(series: list[Series], *, pinned: bool) -> list[dict[str, Any]]:
     same = {
         "command": "python benchmarks/serving/overhead.py --write" + (" --pin" if pinned else ""),
         "commit": head,
-        "hardware": f"{psutil.cpu_count()} cores of {_processor()}",
+        "hardware": f"{psutil.cpu_count()} cores of {_processor()}" + (", engines on the first" if pinned else ""),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "date": date.today().isoformat(),
     }
