@@ -1,0 +1,73 @@
+"""Compile kernels to machine code for compute capability 9.0; needs no GPU, for Triton brings its own assembler. Prints one line a kernel.
+
+Run as a program, for a process that interprets kernels cannot compile them.
+"""
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from altiplano_kernels.filtered_sampling import kernel as filtered
+from altiplano_kernels.multi_lora import kernel as lora
+from altiplano_kernels.sampling import kernel as sampling
+from altiplano_kernels.w8a8 import kernel as w8a8
+
+HOPPER = GPUTarget("cuda", 90, 32)
+SHARED = 227 * 1024  # bytes that a block may have
+
+
+def compile_kernel(name: str, kernel: triton.JITFunction, types: str, constants: dict[str, object], warps: int) -> None:
+    """`types`: of the arguments that are not constants, in order. Pointers and integers other than counts are multiples of 16."""
+    arguments = [argument for argument in kernel.arg_names if argument not in constants]
+    given = dict(zip(arguments, types.split(), strict=True))
+    signature = {argument: given.get(argument, "constexpr") for argument in kernel.arg_names}
+    place = {argument: (at,) for at, argument in enumerate(kernel.arg_names)}
+    aligned = {place[a]: [["tt.divisibility", 16]] for a in arguments if given[a].startswith("*") or a.startswith("stride")}
+    source = ASTSource(kernel, signature, {place[a]: value for a, value in constants.items()}, aligned)
+    built = triton.compile(source, target=HOPPER, options={"num_warps": warps})
+    tensor_cores = "wgmma" if "wgmma" in built.asm["ptx"] else "mma" if "mma.sync" in built.asm["ptx"] else "none"
+    assert built.asm["cubin"] and built.metadata.shared <= SHARED, name
+    print(name, tensor_cores, flush=True)
+
+
+def loras() -> None:
+    for name, shape in (("decode", lora.DECODE), ("prefill", lora.PREFILL)):
+        sizes = {"WIDE": 192, "RANK": 64, "ROWS": shape.rows, "HEADER": lora.HEADER, "SPLITS": shape.splits, "INTERPRETED": False}
+        shrink = {"K": 2048, "COLUMNS": 16, "DEPTH": shape.depth, **sizes}
+        compile_kernel(f"lora-shrink-{name}", lora._shrink_kernel, "*bf16 *bf16 *fp32 *i32 i32 i32", shrink, 4)
+        types = "*fp32 *bf16 *bf16 *bf16 *i32 i32 i32 i32 i32"
+        compile_kernel(f"lora-expand-{name}", lora._expand_kernel, types, {"N": 3072, "COLUMNS": 128, **sizes}, 4)
+
+
+def eight_bits() -> None:
+    for name, kind, largest in (("fp8", "*fp8e4nv", 448.0), ("int8", "*i8", 127.0)):
+        options = {"LARGEST": largest, "WHOLE": name == "int8", "INTERPRETED": False}
+        types = {
+            w8a8._quantize_kernel: f"*bf16 {kind} *fp32 i32 i32",
+            w8a8._add_norm_kernel: f"*bf16 *bf16 *bf16 {kind} *fp32 fp32 i32",
+            w8a8._swiglu_kernel: f"*bf16 {kind} *fp32 i32",
+        }
+        for kernel, given in types.items():
+            compile_kernel(f"w8a8{kernel.__name__}-{name}", kernel, given, {"PAD": 2048, **options}, 8)
+        for tiling in (w8a8.FEW, w8a8.SOME, w8a8.MANY):
+            sizes = {"K": 2048, "ROWS": tiling.rows, "COLUMNS": tiling.columns, "DEPTH": tiling.depth, "STAGES": tiling.stages}
+            constants = {**sizes, "WHOLE": name == "int8", "INTERPRETED": False}
+            given = f"{kind} *fp32 {kind} *fp32 *bf16 i32 i32"
+            compile_kernel(f"w8a8-linear-{name}-{tiling.rows}", w8a8._linear_kernel, given, constants, tiling.warps)
+
+
+def draws() -> None:
+    for kind in ("*bf16", "*fp32"):
+        for early in (False, True):  # starting while the kernel before ends
+            types = f"{kind} *i32 *fp32 *i32 *fp32 *fp32 *i64 *i32 *fp32 *i32 i32 i32 i32"
+            constants = {"BLOCK": filtered.BLOCK, "WIDE": kind == "*fp32", "PDL": early}
+            compile_kernel(f"draw-filtered-{kind[1:]}-{early}", filtered._draw_filtered_kernel, types, constants, 16)
+            types = f"{kind} *i32 *fp32 *i64 *i32 *fp32 *i32 i32 i32 i32"
+            constants = {"CHUNK": sampling.CHUNK, "BLOCK": sampling.BLOCK, "PDL": early}
+            compile_kernel(f"draw-{kind[1:]}-{early}", sampling._best_kernel, types, constants, 4)
+
+
+if __name__ == "__main__":
+    loras()
+    eight_bits()
+    draws()

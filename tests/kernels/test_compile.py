@@ -1,0 +1,29 @@
+"""What the interpreter runs also compiles for the GPU, into shared memory that it has, and onto its tensor cores."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+def test_kernels_compile_for_hopper_without_a_gpu(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    program = Path(__file__).with_name("hopper.py")
+    ran = subprocess.run(
+        [sys.executable, str(program)],
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    found = dict(line.split() for line in ran.stdout.splitlines())
+    assert len(found) == 4 + 2 * 6 + 8
+    products = {name: unit for name, unit in found.items() if name.startswith(("lora", "w8a8-linear"))}
+    # Sixteen rows are too few for the large instruction.
+    wanted = {name: "mma" if name.endswith(("decode", "-16")) else "wgmma" for name in products}
+    assert products == wanted
