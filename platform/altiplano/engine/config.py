@@ -30,7 +30,7 @@ class EngineConfig:
     max_lora_rank: int = 64
     load_format: str = "safetensors"  # or "dummy": random weights by config, for benchmarks
     kv_cache_dtype: str = "auto"  # or "bf16", "fp8", "int8": 8 bits have a scale per token and head; on a GPU only
-    quantization: str = "none"  # or "int8", "int4": weights in groups of 128, made while loading; on a GPU only
+    quantization: str = "none"  # or "int8", "int4" (weights in groups of 128), "w8a8-fp8", "w8a8-int8"; on a GPU only
     itl_target_ms: float | None = None  # a step that decodes takes no more prompt tokens than fit into it; on the CPU only
     num_speculative_tokens: int = 0  # guessed per step when few requests run; on the CPU only
     speculative_model: Path | None = None  # a smaller Llama that guesses; None: prompt lookup in the request's own text
