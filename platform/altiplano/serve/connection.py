@@ -81,6 +81,11 @@ class _Exchange:
                 answering.result()
             else:
                 _note(reason)
+        except asyncio.CancelledError:
+            # Ray's own proxy cancels when its client leaves, sometimes before it says so.
+            if not self._complete:
+                _note("cancelled")
+            raise
         finally:
             self._left.set()
             for task in (answering, leaving):
