@@ -1,5 +1,7 @@
 """Quotas and queues under a clock that the test moves: what is admitted, what has to wait, and for how long."""
 
+import heapq
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -139,6 +141,44 @@ def test_a_busy_key_does_not_keep_others_out_and_alone_uses_everything() -> None
     queue.leave(4, 10.0, "guest")
     queue.enter(5, 70.0, "hog")  # nobody else has asked for a minute
     assert queue.size == 10
+
+
+@pytest.mark.parametrize("clients", [60, 480, 2000])
+def test_clients_who_come_back_when_told_to_do_not_come_all_at_once(clients: int) -> None:
+    """Virtual time: 16 places compute, 32 wait, 50 answers a second end; each client asks again when it was answered, or may."""
+    queue, coming, answered, refusals = Queue(running=16, waiting=32), [0.0] * clients, 0, 0
+    heapq.heapify(coming)
+    for tick in range(1, 3001):
+        now = tick / 50
+        if queue.size:
+            queue.leave(1, now)
+            heapq.heappush(coming, now)
+            answered += tick > 1000
+        while coming[0] <= now:
+            heapq.heappop(coming)
+            try:
+                queue.enter(1, now)
+            except ApiError as error:
+                assert error.retry_after is not None
+                heapq.heappush(coming, now + error.retry_after)
+                refusals += tick > 1000
+    assert answered >= 0.97 * 2000, "the engine is never without work"
+    assert refusals <= 2 * answered
+
+
+def test_a_flood_of_one_key_keeps_nobody_else_away_for_long() -> None:
+    queue = Queue(running=4, waiting=4)
+    for key in ("flood", "guest"):
+        queue.enter(4, 0.0, key)
+    for tick in range(1, 500):
+        if tick % 50 == 0:
+            for key in ("flood", "guest"):
+                queue.leave(1, tick / 50, key)
+                queue.enter(1, tick / 50, key)
+        with refused(429, "8 answers run or wait"):
+            queue.enter(1, tick / 50, "flood")
+    assert queue.retry_after(1, 10.0, "flood") == 60
+    assert queue.retry_after(1, 10.0, "guest") <= 3
 
 
 def test_fairness_never_idles_the_engine() -> None:

@@ -11,6 +11,7 @@ from altiplano.serve.keys import Key
 
 ANONYMOUS = "anonymous"
 MAX_RETRY_AFTER_S = 60
+MAX_TOLD = 4096  # of one key
 
 
 class TokenBucket:
@@ -125,6 +126,9 @@ class Queue:
 
     A key may take waiting places only up to its share: all places divided by the keys that asked within the last minute. So one
     busy client cannot keep the others out, alone it may use everything, and the engine never idles for fairness.
+
+    Who is refused is told to come back when its turn will be, behind those of its key who were told so before: under ten times the
+    load clients return as fast as answers end, and not all at once.
     """
 
     def __init__(self, running: int, waiting: int) -> None:
@@ -133,6 +137,7 @@ class Queue:
         self._held: Counter[str] = Counter()
         self._asked: dict[str, float] = {}
         self._ends: deque[float] = deque(maxlen=64)
+        self._told: dict[str, deque[float]] = {}  # when those who were refused come back
 
     def enter(self, answers: int, now: float, key_id: str = ANONYMOUS, held: int = 0) -> None:
         """Take places for `answers`, of which `held` are taken already.
@@ -147,7 +152,9 @@ class Queue:
         full = self.size + more > self.limit
         if full or (self.size + more > self.running and self._held[key_id] + more > self._share(now)):
             whose = f"{self.size} answers run or wait" if full else f"this key has its share, {self._held[key_id]} answers"
-            raise _too_many(f"the endpoint is busy ({whose})", self.retry_after(more, now), code="overloaded")
+            wait = self.retry_after(more, now, key_id)
+            self._told.setdefault(key_id, deque(maxlen=MAX_TOLD)).append(now + wait)
+            raise _too_many(f"the endpoint is busy ({whose})", wait, code="overloaded")
         self.size += more
         self._held[key_id] += more
 
@@ -158,15 +165,19 @@ class Queue:
         if computed:
             self._ends.extend([now] * answers)
 
-    def retry_after(self, answers: int, now: float) -> float:
-        """Seconds until `answers` places are likely free: 1 when nothing is known."""
+    def retry_after(self, answers: int, now: float, key_id: str = ANONYMOUS) -> float:
+        """Seconds until `answers` places are likely free for this key, from 1 to MAX_RETRY_AFTER_S: 1 when nothing is known."""
         if len(self._ends) < 2:
             return 1.0
-        rate = len(self._ends) / max(now - self._ends[0], 1e-3)
-        return max(1, self.size + answers - self.limit) / rate
+        rate = len(self._ends) / max(now - self._ends[0], 1e-3) / max(1, len(self._asked))
+        told = self._told.get(key_id, deque())
+        while told and told[0] <= now:
+            told.popleft()
+        return min(MAX_RETRY_AFTER_S, max(1.0, (len(told) + max(1, self.size + answers - self.limit)) / rate))
 
     def _share(self, now: float) -> float:
         self._asked = {key_id: at for key_id, at in self._asked.items() if now - at < 60 or self._held[key_id]}
+        self._told = {key_id: told for key_id, told in self._told.items() if key_id in self._asked}
         return self.limit / max(1, len(self._asked))
 
 
