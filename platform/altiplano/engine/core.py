@@ -294,7 +294,9 @@ class Engine:
         return found
 
     def _learn(self, plan: StepPlan, tokens: int, seconds: float) -> None:
-        """Book what a step has taken, and what it has brought."""
+        """Book what a step has taken, and what it has brought, where somebody wants to know."""
+        if self._proposer is None and self.config.itl_target_ms is None:
+            return
         decodes = [chunk for chunk in plan.chunks if chunk.sample and len(chunk.tokens) - chunk.num_guesses == 1]
         guessed = any(chunk.num_guesses for chunk in decodes)
         self._guessed_steps += guessed

@@ -59,7 +59,9 @@ class DraftProposer:
                     continue
                 found[request] += (result.token,)
                 if len(found[request]) < limits[request]:
-                    ahead.append(self._next(request, chunk, result.token))
+                    ahead.append(
+                        replace(chunk.after(result.token), start=chunk.start + len(chunk.tokens), tokens=(result.token,))
+                    )
             chunks = ahead
         return [found[request] for request, _ in wants]
 
@@ -92,9 +94,6 @@ class DraftProposer:
         """`n` known tokens after those that the draft has computed."""
         start, params, slot = request.num_drafted, request.params, request.slot
         assert slot is not None
-        history = None
-        if params.penalized:
-            history = (tuple(request.tokens[: request.prompt_len]), tuple(request.tokens[request.prompt_len :]))
         return Chunk(
             request.request_id,
             slot,
@@ -106,15 +105,8 @@ class DraftProposer:
             request.seed,
             replace(params, logprobs=None, prompt_logprobs=False),
             None,
-            history,
+            request.history,
         )
-
-    def _next(self, request: Request, chunk: Chunk, token: int) -> Chunk:
-        history = chunk.history
-        if history is not None:
-            history = (history[0], (*history[1], token))
-        start = chunk.start + len(chunk.tokens)
-        return replace(chunk, start=start, tokens=(token,), generated=chunk.generated + 1, history=history)
 
     def _note(self, request: Request, chunk: Chunk) -> None:
         """Book what the draft has written; guesses are never booked as content, because they may be wrong."""

@@ -1,6 +1,6 @@
 """What one step computes, as data: the scheduler's word to a runner."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from altiplano.engine.params import SamplingParams
 
@@ -29,6 +29,13 @@ class Chunk:
     num_guesses: int = (
         0  # the last of `tokens`, which nobody has drawn yet: a token is drawn before each of them and after the last
     )
+
+    def after(self, *drawn: int) -> "Chunk":
+        """The same with these tokens drawn before it: later noise, and a longer history where penalties look at one."""
+        if not drawn:
+            return self
+        history = None if self.history is None else (self.history[0], self.history[1] + drawn)
+        return replace(self, generated=self.generated + len(drawn), history=history)
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,13 @@ class Request:
         return len(self.tokens) - self.prompt_len
 
     @property
+    def history(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """(prompt, output), which penalties look at; None where there are none."""
+        if not self.params.penalized:
+            return None
+        return tuple(self.tokens[: self.prompt_len]), tuple(self.tokens[self.prompt_len :])
+
+    @property
     def order(self) -> tuple[int, int]:
         """Smaller goes first."""
         return (self.priority, self.arrival)

@@ -160,9 +160,6 @@ class Scheduler:
     def chunk(self, request: Request, n: int, guesses: tuple[int, ...] = ()) -> Chunk:
         """The next `n` known tokens of a running request and `guesses` behind them, whose pages are reserved."""
         start = request.num_computed
-        history = None
-        if request.params.penalized:
-            history = (tuple(request.tokens[: request.prompt_len]), tuple(request.tokens[request.prompt_len :]))
         following = tuple(request.tokens[start + 1 : start + n + 1]) if request.params.prompt_logprobs else ()
         assert request.slot is not None
         return Chunk(
@@ -176,7 +173,7 @@ class Scheduler:
             request.seed,
             request.params,
             request.adapter,
-            history,
+            request.history,
             following,
             request.allowed,
             len(guesses),

@@ -169,13 +169,8 @@ class CpuRunner:
 
 def _after(chunk: Chunk, guesses: int) -> Chunk:
     """The chunk as it would be if the first `guesses` guesses had been drawn."""
-    if not guesses:
-        return chunk
-    history = chunk.history
-    if history is not None:
-        first = len(chunk.tokens) - chunk.num_guesses
-        history = (history[0], history[1] + chunk.tokens[first : first + guesses])
-    return replace(chunk, generated=chunk.generated + guesses, history=history)
+    first = len(chunk.tokens) - chunk.num_guesses
+    return chunk.after(*chunk.tokens[first : first + guesses])
 
 
 def _singles(chunk: Chunk, size: int) -> list[Chunk]:
