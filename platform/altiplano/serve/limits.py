@@ -1,7 +1,7 @@
 """How much one client may ask for: token buckets, the bounded queue, and the shape of a body. Time comes from outside."""
 
 import math
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,7 +137,9 @@ class Queue:
         self._held: Counter[str] = Counter()
         self._asked: dict[str, float] = {}
         self._ends: deque[float] = deque(maxlen=64)
-        self._told: dict[str, deque[float]] = {}  # when those who were refused come back
+        self._told: defaultdict[str, deque[float]] = defaultdict(
+            lambda: deque(maxlen=MAX_TOLD)
+        )  # when those who were refused come back
 
     def enter(self, answers: int, now: float, key_id: str = ANONYMOUS, held: int = 0) -> None:
         """Take places for `answers`, of which `held` are taken already.
@@ -153,7 +155,7 @@ class Queue:
         if full or (self.size + more > self.running and self._held[key_id] + more > self._share(now)):
             whose = f"{self.size} answers run or wait" if full else f"this key has its share, {self._held[key_id]} answers"
             wait = self.retry_after(more, now, key_id)
-            self._told.setdefault(key_id, deque(maxlen=MAX_TOLD)).append(now + wait)
+            self._told[key_id].append(now + wait)
             raise _too_many(f"the endpoint is busy ({whose})", wait, code="overloaded")
         self.size += more
         self._held[key_id] += more
@@ -170,14 +172,13 @@ class Queue:
         if len(self._ends) < 2:
             return 1.0
         rate = len(self._ends) / max(now - self._ends[0], 1e-3) / max(1, len(self._asked))
-        told = self._told.get(key_id, deque())
+        told = self._told[key_id]
         while told and told[0] <= now:
             told.popleft()
         return min(MAX_RETRY_AFTER_S, max(1.0, (len(told) + max(1, self.size + answers - self.limit)) / rate))
 
     def _share(self, now: float) -> float:
         self._asked = {key_id: at for key_id, at in self._asked.items() if now - at < 60 or self._held[key_id]}
-        self._told = {key_id: told for key_id, told in self._told.items() if key_id in self._asked}
         return self.limit / max(1, len(self._asked))
 
 
