@@ -7,7 +7,7 @@ The declarative way: a change of `user_config` alone reaches the running replica
 import copy
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -241,8 +241,14 @@ class ServeControl:
 
 def endpoint_of(applications: Mapping[str, Any]) -> str:
     """The name of the endpoint among what Serve runs: that of our application at /."""
-    configs = ((name, (applications.get(name) or {}).get("deployed_app_config") or {}) for name in OURS)
-    return next((name for name, config in configs if config and config.get("route_prefix", "/") == "/"), APPLICATION)
+    configs = [application.get("deployed_app_config") for application in applications.values()]
+    found = endpoint_in([config for config in configs if config])
+    return APPLICATION if found is None else str(found["name"])
+
+
+def endpoint_in(applications: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """The endpoint's config among those of a Serve config: our application at /."""
+    return next((app for app in applications if app["name"] in OURS and app.get("route_prefix", "/") == "/"), None)
 
 
 def config_of(status: dict[str, Any]) -> dict[str, Any]:
@@ -279,17 +285,17 @@ def _application(status: dict[str, Any]) -> dict[str, Any]:
 
 def _endpoint_config(config: dict[str, Any]) -> dict[str, Any] | None:
     """Our application at / in a Serve config, without the name of its last change."""
-    ours = [app for app in config["applications"] if app["name"] in OURS and app.get("route_prefix", "/") == "/"]
-    if not ours:
+    found = copy.deepcopy(endpoint_in(config["applications"]))
+    if found is None:
         return None
-    found: dict[str, Any] = copy.deepcopy(ours[0])
     (deployment_in(found).get("user_config") or {}).pop(CHANGE, None)
     return found
 
 
 def _name_change(config: dict[str, Any]) -> str:
     """Give the endpoint's part of a Serve config a change of its own, by whose name replicas can be asked."""
-    application = next(app for app in config["applications"] if app["name"] in OURS and app.get("route_prefix", "/") == "/")
+    application = endpoint_in(config["applications"])
+    assert application is not None, "the endpoint is what is changed"
     deployment = deployment_in(application)
     change = secrets.token_hex(16)
     deployment["user_config"] = dict(deployment.get("user_config") or {}) | {CHANGE: change}

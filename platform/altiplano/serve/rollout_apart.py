@@ -9,7 +9,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from altiplano.serve.control import CHANGE, OURS, config_of, deployment_in, endpoint_of, told_by
+from altiplano.serve.control import CHANGE, OURS, config_of, deployment_in, endpoint_in, told_by
 from altiplano.serve.rollout import CHALLENGER, CHAMPION, Phase, Plan, State
 from altiplano.serve.rollout_config import ChampionMovedError, arms_for, names_of
 
@@ -147,8 +147,9 @@ def _is_there(applications: list[Config], plan: Plan, state: State) -> bool:
 
 
 def _endpoint(applications: list[Config]) -> Config:
-    name = endpoint_of({app["name"]: {"deployed_app_config": app} for app in applications})
-    return next(app for app in applications if app["name"] == name)
+    found = endpoint_in(applications)
+    assert found is not None, "a rollout needs an endpoint"
+    return found
 
 
 def _second(applications: list[Config]) -> str:

@@ -27,16 +27,12 @@ NOTE_EVERY_S, OPEN_EVERY_S = 15.0, 60.0
 log = logging.getLogger("altiplano.rollout")
 
 
-class Control(Protocol):
+class Control(rollout_apart.Applications, Protocol):
     """What `ServeControl` offers."""
 
     def get_user_config(self) -> dict[str, Any]: ...
 
     def set_user_config(self, user_config: dict[str, Any]) -> None: ...
-
-    def status(self) -> dict[str, Any]: ...
-
-    def set_applications(self, applications: list[dict[str, Any]]) -> None: ...
 
 
 class Reader(Protocol):
