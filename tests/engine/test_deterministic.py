@@ -8,7 +8,7 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from altiplano.engine import Engine, EngineConfig, SamplingParams
-from altiplano.engine.core import TokenOutput
+from altiplano.engine.outputs import TokenOutput
 
 from .conftest import VOCAB, make_adapter, make_draft
 

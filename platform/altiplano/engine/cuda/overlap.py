@@ -13,9 +13,10 @@ import time
 from dataclasses import dataclass
 
 from altiplano.engine.config import EngineConfig
-from altiplano.engine.core import Engine, TokenOutput
+from altiplano.engine.core import Engine
 from altiplano.engine.cuda import drawing
 from altiplano.engine.cuda.runner import CudaRunner, Ticket
+from altiplano.engine.outputs import TokenOutput
 from altiplano.engine.plan import Chunk
 from altiplano.engine.request import Request, State
 from altiplano.engine.runner import Drawn

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from altiplano.engine.config import EngineConfig, read_config
-from altiplano.engine.core import EngineStats, TokenOutput
 from altiplano.engine.errors import AdapterError, EngineError, PromptTooLongError, UnknownAdapterError
+from altiplano.engine.outputs import EngineStats, TokenOutput
 from altiplano.engine.params import SamplingParams
 from altiplano.engine.vllm.mapping import engine_args, sampling_params
 
