@@ -19,6 +19,9 @@ from altiplano.engine.request import Request
 from altiplano.engine.runner import Drawn, Runner
 from altiplano.engine.scheduler import Scheduler
 from altiplano.engine.step_time import Step, StepTimes
+from altiplano.engine.steps import StepLog
+
+Totals = tuple[int, int, int, int, float]
 
 
 class Engine:
@@ -59,6 +62,7 @@ class Engine:
         self._arrivals = self._prompt_tokens = self._generated = self._cached = self._steps = 0
         self._guessed = self._accepted = self._guessed_steps = 0
         self._seconds = self._draft_seconds = 0.0
+        self.step_log = StepLog()
 
     @property
     def adapters(self) -> list[str]:
@@ -81,6 +85,8 @@ class Engine:
             PromptTooLongError, UnknownAdapterError: see there.
         """
         self._check(request_id, prompt_token_ids, params, adapter)
+        if not self._requests:
+            self.step_log.idle()
         self._arrivals += 1
         seed = params.seed if params.seed is not None else _seed(self.config.seed, self._arrivals)
         request = Request(
@@ -122,20 +128,24 @@ class Engine:
     def step(self) -> list[TokenOutput]:
         """Compute one step and return its news."""
         news, self._news = self._news, []
-        started, before, self._asked = self._clock(), self._generated, None
+        started, before, self._asked = self._clock(), self._totals(), None
         plan = self._scheduler.plan()
         if not plan.chunks:
             return news
         computing = self._clock()
         results = self.runner.execute(plan)
-        self._seconds += self._clock() - computing
+        computed = self._clock()
+        self._seconds += computed - computing
         self._steps += 1
         for chunk, drawn in zip(plan.chunks, results, strict=True):
             request = self._requests[chunk.request_id]
             request.prompt_logprobs += drawn.prompt_logprobs
             request.prompt_top += drawn.prompt_top
             news += self._take(request, chunk, drawn)
-        self._learn(plan, self._generated - before, self._clock() - started)
+        self._learn(plan, self._generated - before[0], self._clock() - started)
+        decodes = sum(chunk.sample and len(chunk.tokens) - chunk.num_guesses == 1 for chunk in plan.chunks)
+        guesses = self._guessed - before[2]
+        self._record(computing, computed, decodes, plan.num_tokens - decodes - guesses, before)
         if self.config.debug:
             self._scheduler.check()
         return news
@@ -247,6 +257,33 @@ class Engine:
         found = self._proposer.propose(wants, budget)
         self._draft_seconds += self._clock() - started
         return found
+
+    def _totals(self) -> Totals:
+        """Tokens generated, found in the prefix cache, guessed and guessed right so far, and seconds of guessing; for `_record`."""
+        return self._generated, self._cached, self._guessed, self._accepted, self._draft_seconds
+
+    def _record(self, started: float, ended: float, decodes: int, prompt_tokens: int, before: Totals, steps: int = 1) -> None:
+        """Book where a step's time went, once its tokens are booked. Costs about a microsecond.
+
+        `started`, `ended`: seconds of the engine's clock at which the device was given the work and at which it was known to be
+        done; work may be given before the last was done. `decodes`: requests that computed one token (each of `steps` times, in
+        a burst); `prompt_tokens`: the other computed tokens, without guesses. `before`: `_totals()` of before its tokens were booked.
+        """
+        generated, cached, guessed, accepted, drafting = before
+        pool = self._pool
+        self.step_log.add(
+            started,
+            ended,
+            decodes,
+            prompt_tokens,
+            self._generated - generated,
+            1 - pool.num_free / pool.num_pages,
+            self._cached - cached,
+            self._guessed - guessed,
+            self._accepted - accepted,
+            self._draft_seconds - drafting,
+            steps,
+        )
 
     def _learn(self, plan: StepPlan, tokens: int, seconds: float) -> None:
         """Book what a step has taken, and what it has brought, where somebody wants to know."""

@@ -177,8 +177,11 @@ class EngineClient:
 
     async def stats(self, timeout_s: float = CALL_TIMEOUT_S) -> dict[str, float]:
         """The engine's counters. Raises TimeoutError when it does not answer: it hangs, or a step takes that long."""
-        done = await self._call(lambda call: m.AskStats(call), timeout_s)
-        return done.stats or {}
+        return (await self.measure(0, timeout_s)).stats or {}
+
+    async def measure(self, steps: int, timeout_s: float = CALL_TIMEOUT_S) -> m.Done:
+        """Its counters, histograms over its steps, and the last `steps` of them. Raises as `stats`."""
+        return await self._call(lambda call: m.AskStats(call, steps), timeout_s)
 
     async def _keep_running(self) -> None:
         """Start the process, serve it, and start it again when it ends; gives up when it cannot even load, or hangs while it does."""

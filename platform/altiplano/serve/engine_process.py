@@ -80,7 +80,8 @@ class Loop:
             engine.abort(command.request_id)
             self._grammars.forget(command.request_id)
         elif isinstance(command, m.AskStats):
-            self._send(m.Done(command.call, stats={name: float(value) for name, value in asdict(engine.stats()).items()}))
+            stats, log = {name: float(value) for name, value in asdict(engine.stats()).items()}, engine.step_log
+            self._send(m.Done(command.call, stats=stats, histograms=log.histograms(), steps=log.last(command.steps)))
         else:
             try:
                 if isinstance(command, m.LoadAdapter):

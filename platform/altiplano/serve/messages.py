@@ -5,6 +5,8 @@ import struct
 
 import msgspec
 
+from altiplano.engine.steps import Histogram, StepRecord
+
 _LENGTH = struct.Struct("<I")
 MAX_MESSAGE = 64 << 20
 
@@ -63,9 +65,10 @@ class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload"):
 
 
 class AskStats(msgspec.Struct, frozen=True, tag="stats"):
-    """Ask for counters; answered by Done. A hung engine does not answer."""
+    """Ask for counters and the last `steps` steps; answered by Done. A hung engine does not answer."""
 
     call: int
+    steps: int = 0
 
 
 Command = Add | Abort | LoadAdapter | UnloadAdapter | AskStats
@@ -99,11 +102,13 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
-    """The answer to a call: `error` is set when it failed, `stats` when it asked for them."""
+    """The answer to a call: `error` is set when it failed, what follows when it asked for it."""
 
     call: int
     error: str | None = None
     stats: dict[str, float] | None = None
+    histograms: dict[str, Histogram] | None = None
+    steps: list[StepRecord] | None = None
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):

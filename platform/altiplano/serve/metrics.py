@@ -3,11 +3,14 @@
 Latencies start when the HTTP request arrived and end when the front end has the token: what a user meets, less the network.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from altiplano.engine.steps import Histogram as StepHistogram
 from altiplano.serve.gpu_metrics import GpuCollector
+from altiplano.serve.step_metrics import StepCollector
 
 LABELS = ("model", "arm", "key")
 # vLLM's bounds, with finer ones below: a 1B model takes well under a millisecond per token on a GPU.
@@ -99,6 +102,8 @@ class Metrics:
         }
         self.engine_up = gauge("engine_up", "1 while the engine answers")
         self.engine_restarts = gauge("engine_restarts", "Starts of the engine after the first")
+        self._steps = StepCollector()
+        self.registry.register(self._steps)
         self.registry.register(GpuCollector())
 
     def of(self, labels: Labels) -> AnswerMetrics:
@@ -108,8 +113,12 @@ class Metrics:
             found = self._of[labels] = AnswerMetrics(self, labels)
         return found
 
-    def set_engine(self, stats: dict[str, float] | None, restarts: int) -> None:
-        """Take the engine's own counters; None when it does not answer."""
+    def set_engine(
+        self, stats: dict[str, float] | None, restarts: int, histograms: Mapping[str, StepHistogram] | None = None
+    ) -> None:
+        """Take the engine's own counters and histograms; None when it does not answer."""
+        if histograms is not None:
+            self._steps.histograms = histograms
         self.engine_up.set(stats is not None)
         self.engine_restarts.set(restarts)
         for name, gauge in self._engine.items():

@@ -1,4 +1,4 @@
-"""GET /metrics of one replica on a port of its own.
+"""GET /metrics and /v1/engine/steps of one replica on a port of its own.
 
 Through Serve's proxy a scrape meets any replica, and counters of different replicas are not one series. The port is the first free
 one from `serve.metrics_port` on: replicas that share a node count up.
@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from altiplano.serve.gate import Gate
 from altiplano.serve.generation import Generator
 from altiplano.serve.governance import Governance
-from altiplano.serve.observability import add_metrics
+from altiplano.serve.observability import add_metrics, add_steps
 
 MOST_REPLICAS_OF_A_NODE = 64
 
@@ -28,6 +28,7 @@ class MetricsServer:
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         app.add_middleware(Gate, governance=governance)
         add_metrics(app, governance, find)
+        add_steps(app, find)
         self._server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
         self._serving: asyncio.Task[None] | None = None
         self.address: tuple[str, int] | None = None

@@ -39,6 +39,7 @@ TABLE = (
     Entry("POST", "/v1/feedback", Scope.user),
     Entry("GET", "/v1/ab", Scope.admin),
     Entry("GET", "/metrics", Scope.admin),
+    Entry("GET", "/v1/engine/steps", Scope.admin),
 )
 
 

@@ -17,6 +17,7 @@ from altiplano.engine.config import EngineConfig, read_config
 from altiplano.engine.errors import AdapterError, EngineError, PromptTooLongError, UnknownAdapterError
 from altiplano.engine.outputs import EngineStats, TokenOutput
 from altiplano.engine.params import SamplingParams
+from altiplano.engine.steps import StepLog
 from altiplano.engine.vllm.mapping import engine_args, sampling_params
 
 MISSING = (
@@ -36,6 +37,7 @@ class Model:
 
 @dataclass
 class _Request:
+    prompt_len: int
     max_tokens: int
     top: int  # most likely tokens to report
     adapter: str | None
@@ -67,6 +69,7 @@ class VllmEngine:
         self._news: list[TokenOutput] = []
         self._prompt_tokens = self._generated = self._cached = self._steps = 0
         self._seconds = 0.0
+        self.step_log = StepLog()  # without KV use and guesses, which vLLM does not tell by step
 
     @property
     def adapters(self) -> list[str]:
@@ -89,6 +92,8 @@ class VllmEngine:
             ValueError: what our own engine refuses, or vLLM does.
         """
         self._check(request_id, prompt_token_ids, params, adapter)
+        if not self._requests:
+            self.step_log.idle()
         settings = sampling_params(params, grammar)
         if grammar is not None:
             settings["structured_outputs"] = self._sampling.StructuredOutputsParams(grammar=grammar)
@@ -102,7 +107,7 @@ class VllmEngine:
             lora_request=None if adapter is None else self._adapters[adapter],
             priority=priority,
         )
-        self._requests[request_id] = _Request(params.max_tokens, params.logprobs or 0, adapter)
+        self._requests[request_id] = _Request(len(prompt_token_ids), params.max_tokens, params.logprobs or 0, adapter)
         self._prompt_tokens += len(prompt_token_ids)
 
     def abort(self, request_id: str) -> None:
@@ -124,12 +129,19 @@ class VllmEngine:
             return news
         started = time.perf_counter()
         outputs = self._engine.step()
-        self._seconds += time.perf_counter() - started
+        ended = time.perf_counter()
+        self._seconds += ended - started
         self._steps += 1
+        generated, cached, decodes, prompt_tokens = self._generated, self._cached, 0, 0
         for output in outputs:
             request = self._requests.get(output.request_id)
-            if request is not None:  # else it was aborted a moment ago
-                news += self._take(request, output)
+            if request is None:
+                continue  # it was aborted a moment ago
+            decodes += request.told
+            prompt_tokens += 0 if request.told else request.prompt_len
+            news += self._take(request, output)
+        generated, cached = self._generated - generated, self._cached - cached
+        self.step_log.add(started, ended, decodes, prompt_tokens - cached, generated, 0.0, cached)
         return news
 
     def load_adapter(self, name: str, directory: Path) -> None:
