@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[2] / "benchmarks/engine"
 
+TINY = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 # A peer of known speed: 10 microseconds a step, and it fails on batches of 64.
 VLLM = """
 import time
@@ -23,7 +25,7 @@ class SamplingParams:
 
 class LLM:
     def __init__(self, **settings):
-        assert settings["load_format"] == "dummy" and not settings["enable_prefix_caching"]
+        assert not settings["enable_prefix_caching"]
 
     def generate(self, prompts, params, use_tqdm):
         if len(prompts) == 64:
@@ -35,10 +37,19 @@ class LLM:
 
 @pytest.fixture(scope="module")
 def definitions() -> Any:
-    found = importlib.util.spec_from_file_location("definitions", FOLDER / "definitions.py")
+    return program("definitions")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(definitions: Any) -> Any:
+    return program("checkpoint")
+
+
+def program(name: str) -> Any:
+    found = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     assert found is not None and found.loader is not None
     module = importlib.util.module_from_spec(found)
-    sys.modules["definitions"] = module
+    sys.modules[name] = module
     found.loader.exec_module(module)
     return module
 
@@ -66,9 +77,11 @@ def test_figures_follow_from_the_times(definitions: Any) -> None:
     records, _ = measured(definitions)
     assert list(records) == ["W1", "W2-B8", "W2-B64", "W2-B256", "W4", "W3-256", "W3-1024"]
     for name in ("W1", "W2-B8", "W2-B64", "W2-B256"):
-        assert records[name] == (pytest.approx([2.0] * 3), "ms/step")
+        values, unit = records[name]
+        assert unit == "ms/step" and values == pytest.approx([2.0] * 3)
     prompts = 128 * 1024
-    assert records["W4"] == (pytest.approx([prompts / (prompts / 1e6 + 2e-3)] * 3), "tok/s")
+    values, unit = records["W4"]
+    assert unit == "tok/s" and values == pytest.approx([prompts / (prompts / 1e6 + 2e-3)] * 3)
     values, unit = records["W3-256"]
     # Lengths in and out are 562 on average, and the longest answer is close to 1 024.
     assert unit == "output tok/s" and values[0] == pytest.approx(256 * 562 / (256 * 562 / 1e6 + 1024 * 2e-3), rel=0.1)
@@ -101,7 +114,9 @@ def test_the_age_of_a_process_counts_from_its_start() -> None:
     assert 0.3 <= age < 60
 
 
-def test_a_workload_that_fails_costs_only_itself(tmp_path: Path) -> None:
+@pytest.fixture
+def peer_machine(tmp_path: Path) -> dict[str, str]:
+    """The environment of a machine with the peer above and a GPU's tool."""
     (tmp_path / "vllm.py").write_text(VLLM)
     metadata = tmp_path / "vllm-9.9.dist-info/METADATA"
     metadata.parent.mkdir()
@@ -109,10 +124,14 @@ def test_a_workload_that_fails_costs_only_itself(tmp_path: Path) -> None:
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho NVIDIA H200\n")
     tool.chmod(0o755)
+    return os.environ | {"PYTHONPATH": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+
+def test_a_workload_that_fails_costs_only_itself(peer_machine: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     done = subprocess.run(
         [sys.executable, str(FOLDER / "peers.py"), "vllm", "1b", "--only", "W1,W2-B64,W2-B8", "--out", str(out)],
-        env=os.environ | {"PYTHONPATH": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        env=peer_machine,
         capture_output=True,
         text=True,
     )
@@ -129,3 +148,54 @@ def test_an_unknown_workload_is_refused_before_anything_starts() -> None:
         [sys.executable, str(FOLDER / "peers.py"), "vllm", "1b", "--only", "W9"], capture_output=True, text=True
     )
     assert done.returncode == 2 and "no workload W9: use some of W1, W2-B8" in done.stderr
+
+
+def test_starts_are_timed_from_the_outside_with_caches_of_their_own(peer_machine: dict[str, str], tmp_path: Path) -> None:
+    """The stand-in compiles for half a second wherever its cache has nothing."""
+    compiling = """
+import os, pathlib
+cache = pathlib.Path(os.environ["VLLM_CACHE_ROOT"])
+def compiled():
+    if not cache.exists():
+        cache.mkdir()
+        time.sleep(0.5)
+"""
+    text = VLLM.replace("class SamplingParams", compiling + "\nclass SamplingParams")
+    (tmp_path / "vllm.py").write_text(text.replace("        assert not", "        compiled()\n        assert not"))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    out = tmp_path / "out.json"
+    command = [sys.executable, str(FOLDER / "cold_start.py"), "1b", "--system", "vllm", "--checkpoint", str(tmp_path / "model")]
+    subprocess.run([*command, "--empty-runs", "2", "--out", str(out)], env=peer_machine, check=True, capture_output=True)
+    rows = {row["workload"]: row for row in json.loads(out.read_text())}
+    parts = ["imports", "engine", "first step"]
+    assert list(rows) == [
+        f"{start}{what}" for start in ("cold-start", "start") for what in ("", "-answer", *(f"/{part}" for part in parts))
+    ]
+    assert (rows["cold-start"]["runs"], rows["start"]["runs"]) == (2, 3)
+    assert rows["cold-start/engine"]["min"] >= 0.5
+    assert all(row["unit"] == "s" and row["value"] > 0 for row in rows.values())
+    assert rows["start"]["value"] <= rows["start-answer"]["value"]
+
+
+def test_a_start_that_fails_says_what_it_printed(peer_machine: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "vllm.py").write_text("raise SystemExit('no card')")
+    (tmp_path / "config.json").write_text("{}")
+    command = [sys.executable, str(FOLDER / "cold_start.py"), "1b", "--system", "vllm", "--checkpoint", str(tmp_path)]
+    done = subprocess.run([*command, "--runs", "1"], env=peer_machine, check=True, capture_output=True, text=True)
+    assert done.stdout == "" and done.stderr.count("no card") >= 2 and "start 1 failed: exit code 1" in done.stderr
+
+
+def test_a_random_checkpoint_is_one_that_the_engine_loads(definitions: Any, checkpoint: Any, tmp_path: Path) -> None:
+    from altiplano.engine.config import read_config
+    from altiplano.engine.weights import load_weights
+
+    config = definitions.model_config("1b") | TINY | {"intermediate_size": 256, "vocab_size": 512}
+    checkpoint.write_checkpoint(config, tmp_path, shard_bytes=200_000)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) < 2 * 400_000
+    weights = load_weights(tmp_path, read_config(tmp_path), torch.float32, "cpu")
+    assert weights.head is weights.embedding and len(weights.layers) == 2
+    assert weights.embedding.std() == pytest.approx(0.02, rel=0.02) and bool((weights.norm == 1).all())
+    public = sum(torch.Size(shape).numel() for _, shape in checkpoint.shapes(definitions.model_config("3b")))
+    assert public == 3_212_749_824
