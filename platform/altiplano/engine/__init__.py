@@ -7,7 +7,14 @@ May import: torch, safetensors, tokenizers, altiplano_kernels. Must never know: 
 from altiplano.engine.backends import create_engine
 from altiplano.engine.config import EngineConfig
 from altiplano.engine.core import Engine
-from altiplano.engine.errors import AdapterError, EngineError, PromptTooLongError, UnknownAdapterError, WeightsError
+from altiplano.engine.errors import (
+    AdapterError,
+    EngineAsleepError,
+    EngineError,
+    PromptTooLongError,
+    UnknownAdapterError,
+    WeightsError,
+)
 from altiplano.engine.outputs import Completion, EngineStats, TokenOutput
 from altiplano.engine.params import SamplingParams
 from altiplano.engine.vllm.engine import VllmEngine
@@ -16,6 +23,7 @@ __all__ = [
     "AdapterError",
     "Completion",
     "Engine",
+    "EngineAsleepError",
     "EngineConfig",
     "EngineError",
     "EngineStats",

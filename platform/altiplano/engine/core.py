@@ -8,7 +8,7 @@ from pathlib import Path
 
 from altiplano.engine.config import EngineConfig
 from altiplano.engine.drafting import DraftProposer
-from altiplano.engine.errors import AdapterError, PromptTooLongError, UnknownAdapterError
+from altiplano.engine.errors import AdapterError, EngineAsleepError, EngineError, PromptTooLongError, UnknownAdapterError
 from altiplano.engine.guessing import LookupProposer, Payoff, Payoffs, Proposer, Wants
 from altiplano.engine.outputs import Completion, EngineStats, TokenOutput
 from altiplano.engine.pages import PagePool
@@ -16,7 +16,7 @@ from altiplano.engine.params import SamplingParams
 from altiplano.engine.plan import Chunk, StepPlan
 from altiplano.engine.radix import RadixIndex
 from altiplano.engine.request import Request
-from altiplano.engine.runner import Drawn, Runner
+from altiplano.engine.runner import Drawn, Runner, Sleeper
 from altiplano.engine.scheduler import Scheduler
 from altiplano.engine.step_time import Step, StepTimes
 from altiplano.engine.steps import StepLog
@@ -63,6 +63,7 @@ class Engine:
         self._guessed = self._accepted = self._guessed_steps = 0
         self._seconds = self._draft_seconds = 0.0
         self.step_log = StepLog()
+        self.sleep_level = 0  # 0: awake
 
     @property
     def adapters(self) -> list[str]:
@@ -82,7 +83,7 @@ class Engine:
 
         Raises:
             ValueError: an empty prompt, a token outside the vocabulary, an id that is in use.
-            PromptTooLongError, UnknownAdapterError: see there.
+            PromptTooLongError, UnknownAdapterError, EngineAsleepError: see there.
         """
         self._check(request_id, prompt_token_ids, params, adapter)
         if not self._requests:
@@ -155,7 +156,9 @@ class Engine:
 
         Raises:
             AdapterError: it does not fit this model or these settings.
+            EngineAsleepError: there is no memory for it now.
         """
+        self._check_awake()
         if any(request.adapter == name for request in self._requests.values()):
             raise AdapterError(f"adapter {name!r} is in use by running requests: load it under another name, or wait")
         self.runner.load_adapter(name, directory)
@@ -176,6 +179,51 @@ class Engine:
         self.runner.unload_adapter(name)
         del self._adapters[name]
         self._forget(name)
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Ids of the requests that have not ended."""
+        return list(self._requests)
+
+    def sleep(self, level: int = 1) -> None:
+        """Give memory back until `wake_up`: the KV cache and the prefix cache with it, and the device's copies of weights and adapters.
+
+        Level 1 keeps them in host memory; level 2 forgets the weights and reads the checkpoint again. Adapters survive both. Does
+        nothing when it sleeps at this level already.
+
+        Raises:
+            EngineError: no such level, requests are under way, it sleeps at another level, or this backend cannot sleep.
+        """
+        if level not in (1, 2):
+            raise EngineError(
+                f"sleep level {level} is unknown: use 1 (weights wait in host memory) or 2 (weights are loaded again)"
+            )
+        if self.sleep_level == level:
+            return
+        if self.sleep_level:
+            raise EngineError(f"the engine sleeps at level {self.sleep_level}: wake it up first")
+        if self.has_unfinished():
+            raise EngineError(f"{len(self._requests)} requests are under way: wait for them, or abort them, before it sleeps")
+        if not isinstance(self.runner, Sleeper):
+            raise EngineError(f"the backend of device {self.config.device} cannot sleep")
+        if self._radix is not None:
+            for namespace in self._radix.namespaces():
+                self._radix.drop(namespace)
+        for sleeper in self._sleepers():
+            sleeper.sleep(level)
+        self.sleep_level = level
+
+    def wake_up(self) -> None:
+        """End `sleep`. Does nothing when awake.
+
+        Raises:
+            EngineError: there is too little memory now, or the checkpoint cannot be read any more; it sleeps on.
+        """
+        if not self.sleep_level:
+            return
+        for sleeper in self._sleepers():
+            sleeper.wake_up()
+        self.sleep_level = 0
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -221,7 +269,16 @@ class Engine:
         params = SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=True)
         return [completion.prompt_logprobs for completion in self.generate(sequences, params, adapter)]
 
+    def _sleepers(self) -> list[Sleeper]:
+        parts: list[object] = [self.runner, self._proposer]
+        return [part for part in parts if isinstance(part, Sleeper)]
+
+    def _check_awake(self) -> None:
+        if self.sleep_level:
+            raise EngineAsleepError("the engine sleeps: wake it up first")
+
     def _check(self, request_id: str, prompt: Sequence[int], params: SamplingParams, adapter: str | None) -> None:
+        self._check_awake()
         if request_id in self._requests:
             raise ValueError(f"request id {request_id!r} is in use: give every request its own")
         if not prompt:

@@ -15,7 +15,7 @@ from altiplano.engine.errors import EngineError
 from altiplano.engine.guessing import Wants
 from altiplano.engine.plan import Chunk, StepPlan
 from altiplano.engine.request import Request
-from altiplano.engine.runner import Runner
+from altiplano.engine.runner import Runner, Sleeper
 from altiplano.engine.speculation import Caution
 
 
@@ -69,6 +69,15 @@ class DraftProposer:
         self._caution(request).observe(proposed, accepted)
         # The last guess was not computed; those that were wrong are computed over.
         request.num_drafted = len(request.tokens) + min(accepted, proposed - 1)
+
+    def sleep(self, level: int) -> None:
+        assert isinstance(self._runner, Sleeper), "a draft runs on the backends that can sleep"
+        self._runner.sleep(level)
+        self._content.clear()
+
+    def wake_up(self) -> None:
+        assert isinstance(self._runner, Sleeper)
+        self._runner.wake_up()
 
     def _caution(self, request: Request) -> Caution:
         if request.caution is None:

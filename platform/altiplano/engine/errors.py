@@ -17,5 +17,9 @@ class AdapterError(EngineError):
     """An adapter that does not fit: another base, a rank above the maximum, a kind that the engine does not run."""
 
 
+class EngineAsleepError(EngineError):
+    """The engine sleeps; nothing runs before it is woken up."""
+
+
 class WeightsError(EngineError):
     """A checkpoint with missing or mis-shaped tensors, of an unknown kind, or not in safetensors."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from altiplano.engine.plan import StepPlan
 
@@ -36,3 +36,20 @@ class Runner(Protocol):
     def load_adapter(self, name: str, directory: Path) -> None: ...
 
     def unload_adapter(self, name: str) -> None: ...
+
+
+@runtime_checkable
+class Sleeper(Protocol):
+    """Who can give its memory back for a while. Nothing is computed between `sleep` and `wake_up`."""
+
+    def sleep(self, level: int) -> None:
+        """Free the cache, and the device's copy of weights and adapters: kept in host memory (level 1), or weights forgotten (2)."""
+        ...
+
+    def wake_up(self) -> None:
+        """Take the memory again; the cache is empty. Does nothing when awake.
+
+        Raises:
+            EngineError: the memory is not there, or the checkpoint cannot be read any more. It sleeps on.
+        """
+        ...

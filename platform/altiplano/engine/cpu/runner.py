@@ -13,7 +13,7 @@ from altiplano.engine.masks import forbid
 from altiplano.engine.plan import Chunk, StepPlan
 from altiplano.engine.prompt_scores import with_prompt
 from altiplano.engine.runner import Drawn
-from altiplano.engine.weights import load_weights, random_weights
+from altiplano.engine.weights import Weights, load_weights, random_weights
 from altiplano_kernels.sampling import reference as sampling
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -25,12 +25,9 @@ class CpuRunner:
     def __init__(self, config: EngineConfig) -> None:
         model = read_config(config.model)
         self._config, self._model_config, self._dtype = config, model, DTYPES[config.dtype]
-        if config.load_format == "dummy":
-            weights = random_weights(model, self._dtype, config.device, config.seed)
-        else:
-            weights = load_weights(config.model, model, self._dtype, config.device)
-        shape = (model.num_hidden_layers, config.num_blocks, 2, model.num_key_value_heads, config.block_size, model.head_dim)
-        self._llama = Llama(model, weights, torch.zeros(shape, dtype=self._dtype, device=config.device))
+        self._llama = Llama(model, self._load(), self._make_cache())
+        self._asleep = False
+        self._kept: Weights | None = None  # of a sleep that keeps them
         self._adapters: dict[str, Adapter] = {}
         self.vocab_size = model.vocab_size
         self.eos_token_ids = model.eos_token_ids
@@ -48,11 +45,38 @@ class CpuRunner:
     def unload_adapter(self, name: str) -> None:
         del self._adapters[name]
 
+    def sleep(self, level: int) -> None:
+        """Free the cache; weights stay, which are in host memory already (level 1), or go (2)."""
+        self._asleep, self._kept = True, self._llama.weights if level == 1 else None
+        del self._llama
+
+    def wake_up(self) -> None:
+        """
+        Raises:
+            WeightsError: the checkpoint cannot be read any more.
+        """
+        if not self._asleep:
+            return
+        weights = self._kept if self._kept is not None else self._load()
+        self._llama = Llama(self._model_config, weights, self._make_cache())
+        self._asleep, self._kept = False, None
+
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> list[Drawn]:
         if self._config.deterministic:
             return [self._alone(chunk) for chunk in plan.chunks]
         return self._together(plan)
+
+    def _load(self) -> Weights:
+        config = self._config
+        if config.load_format == "dummy":
+            return random_weights(self._model_config, self._dtype, config.device, config.seed)
+        return load_weights(config.model, self._model_config, self._dtype, config.device)
+
+    def _make_cache(self) -> torch.Tensor:
+        config, model = self._config, self._model_config
+        shape = (model.num_hidden_layers, config.num_blocks, 2, model.num_key_value_heads, config.block_size, model.head_dim)
+        return torch.zeros(shape, dtype=self._dtype, device=config.device)
 
     def _alone(self, chunk: Chunk) -> Drawn:
         """The chunk token by token, each in shapes that depend on its position only.
