@@ -4,6 +4,7 @@ import gc
 import shutil
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from altiplano.engine import Engine, EngineAsleepError, EngineConfig, EngineError, SamplingParams, WeightsError
+from altiplano.engine.cuda.sleep import Asleep, tensors_of
 
 from .conftest import make_adapter, make_draft
 from .virtual import Clock, VirtualRunner
@@ -156,3 +158,49 @@ def test_a_backend_that_cannot_sleep_says_so() -> None:
     with pytest.raises(EngineError, match="cannot sleep"):
         engine.sleep()
     assert engine.sleep_level == 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """As weights are found in a model: in dataclasses, tuples, mappings; one of them twice."""
+
+    embedding: torch.Tensor
+    layers: tuple[torch.Tensor, ...]
+    packed: dict[str, torch.Tensor]
+    head: torch.Tensor
+    bits: int = 4
+
+
+def part(seed: int) -> Part:
+    dice = torch.Generator().manual_seed(seed)
+    embedding, *layers = (torch.randn(7, 5, generator=dice) for _ in range(4))
+    return Part(embedding, tuple(layers), {"qkv": torch.randint(9, (30,), generator=dice).to(torch.uint8)}, embedding)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_storages_go_and_come_back_under_everything_that_points_to_them(level: int) -> None:
+    """What the GPU does, on tensors of the host: see tests/gpu/test_sleep.py for the rest."""
+    weights, adapters, cache = part(1), {"up": torch.arange(6.0)}, torch.ones(4, 3, dtype=torch.float8_e4m3fn)
+    views = weights.layers[0][2:4], adapters["up"][1:], cache[1]
+    held = [*tensors_of(weights), adapters["up"], cache]
+    asleep = Asleep(weights, adapters, [cache], level)
+    assert [tensor.untyped_storage().nbytes() for tensor in held] == [0] * len(held)
+    assert asleep.nbytes == 4 * 35 * 4 + 30 + 6 * 4 + 12, "the tied head is no second embedding"
+
+    with pytest.raises(EngineError, match=r"waking up needs 0\.0 GiB"):
+        asleep.wake_up(lambda: part(1), lambda: asleep.nbytes - 1)
+    if level == 2:
+        with pytest.raises(WeightsError):
+            asleep.wake_up(gone, lambda: 1 << 30)
+    assert [tensor.untyped_storage().nbytes() for tensor in held] == [0] * len(held)
+
+    asleep.wake_up(lambda: part(1), lambda: asleep.nbytes)
+    assert all(torch.equal(mine, wanted) for mine, wanted in zip(tensors_of(weights), tensors_of(part(1)), strict=True))
+    assert weights.head.data_ptr() == weights.embedding.data_ptr()
+    assert torch.equal(views[1], torch.arange(6.0)[1:]) and not cache.float().any() and not views[2].float().any()
+    if level == 1:
+        assert torch.equal(views[0], part(1).layers[0][2:4])
+
+
+def gone() -> Part:
+    raise WeightsError("the checkpoint is gone")

@@ -52,7 +52,7 @@ class AdapterPool:
         }
         lead = (config.num_hidden_layers, max_loras)
         try:
-            self._products = {name: self._room(lead, inputs, outputs, device) for name, (inputs, outputs) in sizes.items()}
+            self.products = {name: self._room(lead, inputs, outputs, device) for name, (inputs, outputs) in sizes.items()}
         except torch.OutOfMemoryError as error:
             numbers = sum(len(outputs) * inputs + sum(outputs) for inputs, outputs in sizes.values()) * self._rank
             raise AdapterError(
@@ -68,7 +68,7 @@ class AdapterPool:
         at = self._names.index(adapter.name if adapter.name in self._names else None)
         self._names[at], self._ranks[at] = adapter.name, adapter.rank
         for name, modules in PRODUCTS.items():
-            product = self._products[name]
+            product = self.products[name]
             for layer, pairs in enumerate(adapter.pairs):
                 down, up, gain = product.down[layer, at], product.up[layer, at], product.gain[layer, at]
                 # What the last owner of the place had and this one does not.
@@ -108,7 +108,7 @@ class AdapterPool:
         return partial(self._add, tiles, shape)
 
     def _add(self, tiles: torch.Tensor, shape: Shape, name: str, layer: int, x: torch.Tensor, out: torch.Tensor) -> None:
-        product = self._products[name]
+        product = self.products[name]
         add_adapters(out, x, product.down[layer], product.up[layer], product.gain[layer], product.bounds, tiles, shape)
 
     def _numbers(self, owners: Sequence[str | None]) -> list[int]:

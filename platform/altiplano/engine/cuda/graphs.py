@@ -58,6 +58,11 @@ class DecodeGraphs:
         for steps in {1, unrolled(bucket)}:
             self._graphs[bucket, steps, kind] = self._capture(bucket, steps, kind)
 
+    def forget(self) -> None:
+        """Give up all graphs and the memory that they share: what they point to moves. They are captured again when needed."""
+        self._graphs.clear()
+        self._pool = torch.cuda.graph_pool_handle()
+
     def _capture(self, bucket: int, steps: int, kind: Kind) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         # A collection in the middle could free another engine's graphs, which the driver forbids during a capture.

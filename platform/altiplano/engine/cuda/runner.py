@@ -15,6 +15,7 @@ from altiplano.engine.cuda.few_rows import FewRows
 from altiplano.engine.cuda.graphs import DecodeGraphs, Kind, bucket_of
 from altiplano.engine.cuda.model import CudaLlama
 from altiplano.engine.cuda.quantized import BITS, CODES, CodedWeights, PackedWeights, code_weights, pack_weights
+from altiplano.engine.cuda.sleep import Asleep
 from altiplano.engine.cuda.slots import SlotTable
 from altiplano.engine.errors import AdapterError, EngineError
 from altiplano.engine.plan import Chunk, StepPlan
@@ -67,17 +68,10 @@ class CudaRunner:
             raise EngineError(f"kv_cache_dtype {kv_cache_dtype!r} is unknown: use one of {', '.join(CACHE_DTYPES)}")
         model = read_config(config.model)
         self._config, self._model_config, self._device = config, model, device
-        weights: Weights | PackedWeights | CodedWeights
-        if config.load_format == "dummy":
-            weights = random_weights(model, torch.bfloat16, device, config.seed)
-        else:
-            weights = load_weights(config.model, model, torch.bfloat16, device)
         kind = CACHE_DTYPES[kv_cache_dtype]
         bits = _bits(quantization, model, config.block_size)
-        if quantization in CODES:
-            weights = code_weights(weights, CODES[quantization])
-        elif bits < 16:
-            weights = pack_weights(weights, bits, model.head_dim, fused_qkv=kind is torch.bfloat16)
+        self._make_weights = lambda: _make_weights(config, model, device, quantization, bits, fused_qkv=kind is torch.bfloat16)
+        weights = self._make_weights()
         shape = (model.num_hidden_layers, config.num_blocks + 1, 2, model.num_key_value_heads, config.block_size, model.head_dim)
         _check_memory(shape, kind, config)
         cache = torch.zeros(shape, dtype=kind, device=device)
@@ -101,6 +95,7 @@ class CudaRunner:
             (torch.empty_like(ring), torch.empty(ring.shape, dtype=ring.dtype).pin_memory()) for _ in range(SNAPSHOTS)
         ]
         self._published = 0
+        self._asleep: Asleep | None = None
         self.vocab_size, self.eos_token_ids = model.vocab_size, model.eos_token_ids
         self.max_position_embeddings = model.max_position_embeddings
 
@@ -122,6 +117,28 @@ class CudaRunner:
         assert self._pool is not None, "an adapter has been loaded"
         self._pool.unload(name)
         self._adapters.remove(name)
+
+    def sleep(self, level: int) -> None:
+        """Free cache, weights and adapters (level 1: their bytes wait in host memory; level 2: the adapters' only). Slots stay."""
+        torch.cuda.synchronize()
+        self._graphs.forget()
+        caches = [self.model.cache] if self.model.scales is None else [self.model.cache, self.model.scales]
+        adapters = None if self._pool is None else self._pool.products
+        self._asleep = Asleep(self.model.weights, adapters, caches, level)
+        torch.cuda.empty_cache()
+
+    def wake_up(self) -> None:
+        """
+        Raises:
+            EngineError: the GPU has too little memory now, or the checkpoint cannot be read any more. It sleeps on.
+        """
+        if self._asleep is None:
+            return
+        try:
+            self._asleep.wake_up(self._make_weights, lambda: torch.cuda.mem_get_info()[0])
+        finally:
+            torch.cuda.empty_cache()
+        self._asleep = None
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> list[Drawn]:
@@ -292,6 +309,18 @@ def _bits(quantization: str, model: LlamaConfig, page: int) -> int:
             f"{model.hidden_size}, intermediate_size {model.intermediate_size} and block_size {page}: use none"
         )
     return BITS[quantization]
+
+
+def _make_weights(
+    config: EngineConfig, model: LlamaConfig, device: str, quantization: str, bits: int, fused_qkv: bool
+) -> Weights | PackedWeights | CodedWeights:
+    if config.load_format == "dummy":
+        weights = random_weights(model, torch.bfloat16, device, config.seed)
+    else:
+        weights = load_weights(config.model, model, torch.bfloat16, device)
+    if quantization in CODES:
+        return code_weights(weights, CODES[quantization])
+    return weights if bits == 16 else pack_weights(weights, bits, model.head_dim, fused_qkv)
 
 
 def _check_memory(shape: tuple[int, ...], kind: torch.dtype, config: EngineConfig) -> None:
