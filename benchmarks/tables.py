@@ -6,50 +6,136 @@ python benchmarks/tables.py --check  # exit 1 when they differ from the results
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = {ROOT / "README.md": ("engine", "serving"), ROOT / "docs/benchmarks.md": ("engine", "training", "serving")}
-
-
-RUNS = {
-    "engine": "random weights; at least 3 runs each",
-    "training": "random weights; medians of single steps",
-    "serving": "clients and servers share the cores, and what is compared ran in turn",
+PAGES = {
+    ROOT / "README.md": ("engine", "serving"),
+    ROOT / "docs/benchmarks.md": ("engine", "start", "quality", "training", "serving"),
 }
+PEERS = ("vllm", "sglang")
+Record = dict[str, Any]
 
 
-def records(suite: str) -> list[dict[str, Any]]:
+def records(suite: str) -> list[Record]:
     """All records of a suite, in the order of the file."""
     path = ROOT / f"benchmarks/results/{suite}.json"
-    found: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    found: list[Record] = json.loads(path.read_text()) if path.exists() else []
     return found
 
 
-def table(suite: str) -> str:
-    """One row per workload, model, variant and unit; one column per system."""
-    rows = records(suite)
+def by_system(rows: Sequence[Record], note: str) -> str:
+    """One row per workload, model, variant and unit; one column per system, and our distance from the better peer if one was measured."""
     systems = list(dict.fromkeys(r["system"] for r in rows))
-    cells: dict[tuple[str, str, str, str], dict[str, str]] = {}
+    cells: dict[tuple[str, str, str, str], dict[str, Record]] = {}
     for r in rows:
-        shown = f"{r['value']:,.0f}" if r["value"] >= 1000 else f"{r['value']:.3g}"
-        spread = f" ({r['min']:,.6g} to {r['max']:,.6g})" if r["min"] < r["max"] else ""
-        cells.setdefault((r["workload"], r["model"], r["variant"], r["unit"]), {})[r["system"]] = shown + spread
-    lines = ["| workload | model | variant | unit | " + " | ".join(systems) + " |", "|---|---|---|---|" + "---|" * len(systems)]
-    lines += ["| " + " | ".join([*key, *(by.get(s, "") for s in systems)]) + " |" for key, by in cells.items()]
+        cells.setdefault((r["workload"], r["model"], r["variant"], r["unit"]), {})[r["system"]] = r
+    peers = [system for system in systems if system in PEERS]
+    heads = ["workload", "model", "variant", "unit", *systems, *(["times the better peer's speed"] if peers else [])]
+    lines = [
+        [*key, *(_shown(by[s]) if s in by else "" for s in systems), *([_times(by)] if peers else [])]
+        for key, by in cells.items()
+    ]
+    named = {r["system"]: f"{r['system']} {r['versions'][r['system']]}" for r in rows if r["system"] in PEERS}
+    return _table(
+        heads, lines, rows, "Median (range)", "; ".join([note, *([f"peers: {', '.join(named.values())}"] if named else [])])
+    )
+
+
+def engine() -> str:
+    """W1-W4, and the seconds of a start."""
+    rows = [r for r in records("engine") if r["workload"].startswith("W") or r["workload"] in ("start", "cold-start")]
+    note = "random weights; at least 3 runs each" + (", but for starts" if any("start" in r["workload"] for r in rows) else "")
+    return by_system(rows, note)
+
+
+def start() -> str:
+    """The parts of the time to the first token: one row per model, system and state of the caches."""
+    rows = [r for r in records("engine") if r["workload"].partition("/")[0].removesuffix("-answer") in ("start", "cold-start")]
+    parts = list(dict.fromkeys(r["workload"].partition("/")[2] for r in rows if "/" in r["workload"]))
+    columns = {**{f"/{part}": part for part in parts}, "": "first token", "-answer": "16th token"}
+    found: dict[tuple[str, str, str], dict[str, Record]] = {}
+    for r in rows:
+        kind = "cold-start" if r["workload"].startswith("cold-start") else "start"
+        caches = "empty" if kind == "cold-start" else "warm"
+        found.setdefault((r["model"], r["system"], caches), {})[r["workload"].removeprefix(kind)] = r
+    lines = [[*key, *(f"{by[c]['value']:.2f}" if c in by else "" for c in columns)] for key, by in found.items()]
+    return _table(
+        ["model", "system", "kernel caches", *columns.values()], lines, rows, "Median seconds", "random weights in the page cache"
+    )
+
+
+def quality() -> str:
+    """One row per model and variant; of decode steps the worst batch size."""
+    rows = [r for r in records("engine") if r["workload"].startswith("quality-")]
+    columns = {
+        "mean KL, prompts": ("quality-kl", "prefill"),
+        "mean KL, decode steps": ("quality-kl", "decode"),
+        "mean error, prompts": ("quality-logprob", "prefill"),
+        "mean error, decode steps": ("quality-logprob", "decode"),
+        "largest error, prompts": ("quality-logprob-max", "prefill"),
+        "largest error, decode steps": ("quality-logprob-max", "decode"),
+    }
+    found: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
+    for r in rows:
+        measure, _, path = r["workload"].partition("/")
+        variant = r["variant"] if r["system"] == "altiplano" else f"{r['variant']} ({r['system']})"
+        worst = found.setdefault((r["model"], variant), {})
+        at = measure, path.partition("-")[0]
+        worst[at] = max(worst.get(at, 0.0), r["max"] if measure.endswith("-max") else r["value"])
+    lines = [[*key, *(f"{by[at]:.2g}" if at in by else "" for at in columns.values())] for key, by in found.items()]
+    return _table(
+        ["model", "variant", *columns],
+        lines,
+        rows,
+        "Nats",
+        "random weights, against transformers in float32, over at least 3 draws of tokens",
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "engine": engine,
+    "start": start,
+    "quality": quality,
+    "training": lambda: by_system(records("training"), "random weights; medians of single steps"),
+    "serving": lambda: by_system(records("serving"), "clients and servers share the cores, and what is compared ran in turn"),
+}
+
+
+def _table(heads: Sequence[str], lines: Sequence[Sequence[str]], rows: Sequence[Record], figure: str, note: str) -> str:
+    if not rows:
+        return "Not measured yet."
     hardware = ", ".join(sorted({r["hardware"] for r in rows}))
-    return "\n".join([*lines, "", f"Median (range) on {hardware}; {RUNS[suite]}."]) if rows else ""
+    shown = [f"| {' | '.join(cells)} |" for cells in (heads, *lines)]
+    return "\n".join([shown[0], "|" + "---|" * len(heads), *shown[1:], "", f"{figure} on {hardware}; {note}."])
+
+
+def _shown(r: Record) -> str:
+    value = f"{r['value']:,.0f}" if r["value"] >= 1000 else f"{r['value']:.3g}"
+    return value + (f" ({r['min']:,.6g} to {r['max']:,.6g})" if r["min"] < r["max"] else "")
+
+
+def _times(by: dict[str, Record]) -> str:
+    """Our speed over the better peer's; nothing where one of the two is missing."""
+    ours, theirs = by.get("altiplano"), [by[peer]["value"] for peer in PEERS if peer in by]
+    if ours is None or not theirs:
+        return ""
+    factor = ours["value"] / max(theirs) if ours["higher_is_better"] else min(theirs) / ours["value"]
+    return f"{factor:.2f}"
 
 
 def rewritten(page: Path) -> str:
     """The text of a page with its tables as the results say."""
     text = page.read_text()
-    for suite in PAGES[page]:
-        begin, end = f"<!-- {suite}: begin -->", f"<!-- {suite}: end -->"
-        before, _, rest = text.partition(begin)
-        _, _, after = rest.partition(end)
-        text = f"{before}{begin}\n{table(suite)}\n{end}{after}"
+    for name in PAGES[page]:
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, opened, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not (opened and closed):
+            sys.exit(f"{page} has no place for the table {name}: add the lines {begin} and {end}")
+        text = f"{before}{begin}\n{TABLES[name]()}\n{end}{after}"
     return text
 
 

@@ -37,4 +37,6 @@ def test_every_result_says_how_it_was_made() -> None:
         for record in json.loads(file.read_text()):
             assert set(record) == KEYS, file
             assert record["min"] <= record["value"] <= record["max"]
-            assert record["runs"] >= 3 and record["command"].startswith("python ")
+            assert record["command"].startswith("python ")
+            # An empty cache and a peer's compilation cost a minute each.
+            assert record["runs"] >= (1 if record["workload"].startswith(("start", "cold-start")) else 3)
