@@ -87,7 +87,9 @@ class Point:
 
 
 def weight_bytes(shape: Shape, variant: str) -> float:
-    """Of one pass over the weights. The head has 8 bits whenever the layers have fewer than 16."""
+    """Of one pass over the weights. Weight-only: the head has 8 bits too; W8A8: it stays bf16, and channels' scales are left out."""
+    if variant.startswith("w8a8-"):
+        return 1.0 * shape.layer_weights + 2.0 * shape.head_weights
     bits = {"w-int8": 8, "w-int4": 4}.get(variant)
     if bits is None:
         return 2.0 * (shape.layer_weights + shape.head_weights)
@@ -104,7 +106,7 @@ def point(record: dict[str, Any]) -> Point | None:
         flop = batch * (2.0 * (shape.layer_weights + shape.head_weights) + shape.attention_flop(context))
         moved = weight_bytes(shape, variant) + batch * context * shape.kv_bytes(variant)
         return Point(*names, flop, moved, record["value"] / 1e3)
-    if workload == "W4":
+    if workload == "W4" and not variant.startswith("w8a8-"):  # the speed of large 8-bit products was not measured
         tokens = PROMPTS * PROMPT_TOKENS
         flop = tokens * (2.0 * shape.layer_weights + shape.attention_flop(PROMPT_TOKENS / 2)) + PROMPTS * 2.0 * shape.head_weights
         moved = tokens / STEP_TOKENS * weight_bytes(shape, variant) + tokens * shape.kv_bytes(variant)
@@ -136,7 +138,7 @@ def table(points: Sequence[Point]) -> str:
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 440, 70, 150, 20, 50
 X_RANGE, Y_RANGE = (0.7, 30000.0), (1.5, 1500.0)  # FLOP per byte; TFLOP/s
-COLOURS = ("#0b6e8a", "#b4531b", "#4c7a2c", "#7a4fa3", "#9a6b00", "#a8325f")
+COLOURS = ("#0b6e8a", "#b4531b", "#4c7a2c", "#7a4fa3", "#9a6b00", "#a8325f", "#2f4b7c", "#7f7f3b", "#5b3a29", "#d1495b")
 
 
 def picture(points: Sequence[Point]) -> str:

@@ -46,3 +46,7 @@ def test_the_floor_counts_weights_keys_and_values(roofline: Any) -> None:
     assert roofline.point(record | {"workload": "W3-256"}) is None
     eight_bits = roofline.point(record | {"variant": "kv-int8"})
     assert eight_bits.bytes == pytest.approx(step.bytes - 384 * 32768 * (1 - 66 / 128), rel=1e-9)
+    layers = roofline.SHAPES["1b"].layer_weights
+    assert roofline.point(record | {"variant": "w8a8-fp8"}).bytes == pytest.approx(step.bytes - layers, rel=1e-9)
+    assert roofline.point(record | {"variant": "w8a8-fp8", "workload": "W4"}) is None
+    assert roofline.point(record | {"workload": "quality-kl/prefill"}) is None
