@@ -61,27 +61,30 @@ def child(system: str, model: str, checkpoint: Path, began: float) -> None:
 def _altiplano(_: str, model: str, checkpoint: Path, prompt: list[int], stages: Stages) -> None:
     import torch
 
-    from altiplano.engine import EngineConfig, SamplingParams
-    from altiplano.engine.cuda import runner
-    from altiplano.engine.cuda.overlap import OverlappedEngine
+    from altiplano.engine import EngineConfig, SamplingParams, weights
+    from altiplano.engine.backends import create_engine
+    from altiplano.engine.config import LlamaConfig
+
+    load = weights.load_weights
+
+    def timed(directory: Path, config: LlamaConfig, dtype: torch.dtype, device: str) -> weights.Weights:
+        found = load(directory, config, dtype, device)
+        torch.cuda.synchronize()
+        stages.end("weights")
+        return found
+
+    # Before the backend is imported, which takes the function by its name.
+    weights.load_weights = timed
+    import altiplano.engine.cuda.overlap  # noqa: F401
 
     stages.end("imports")
     torch.ones(1, device="cuda").item()
     stages.end("context")
-    load = getattr(runner, "load_weights")  # noqa: B009 (it is imported there, not exported)
-
-    def timed(*values: object) -> object:
-        weights = load(*values)
-        torch.cuda.synchronize()
-        stages.end("weights")
-        return weights
-
-    setattr(runner, "load_weights", timed)  # noqa: B010
     config = EngineConfig(
         model=checkpoint, dtype="bfloat16", device="cuda", max_model_len=CONTEXT, max_num_seqs=1024, max_num_batched_tokens=16384,
         num_blocks=BLOCKS[model], enable_prefix_caching=False,
     )  # fmt: skip
-    engine = OverlappedEngine(config, runner.CudaRunner(config))
+    engine = create_engine(config)
     torch.cuda.synchronize()
     stages.end("cache")
     for count in (1, ANSWER):
@@ -154,7 +157,7 @@ def measure(records: Records, checkpoint: Path, empty_runs: int, runs: int, time
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         _read(checkpoint)
         # What is imported is compiled to bytecode and in the page cache from here on.
-        imported = "altiplano.engine.cuda.runner" if records.system == "altiplano" else records.system
+        imported = "altiplano.engine.cuda.overlap" if records.system == "altiplano" else records.system
         subprocess.run([sys.executable, "-c", f"import {imported}"], env=environment(Path(scratch, "first")), check=False)
         caches = Path(scratch, "0")
         for workload, count in (("cold-start", empty_runs), ("start", runs)):

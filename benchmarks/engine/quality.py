@@ -94,15 +94,18 @@ def reference_logits(checkpoint: Path, tokens: Sequence[torch.Tensor], dtype: to
 
 def make_runner(checkpoint: Path, variant: str) -> "CudaRunner":
     from altiplano.engine import EngineConfig
+    from altiplano.engine.backends import create_engine
     from altiplano.engine.cuda.runner import CudaRunner
 
     kind, _, name = variant.partition("-")
     config = EngineConfig(
         model=checkpoint, dtype="bfloat16", device="cuda", max_model_len=LENGTH + PAGE, max_num_seqs=SEQUENCES, block_size=PAGE,
-        num_blocks=SEQUENCES * (LENGTH // PAGE + 1), enable_prefix_caching=False,
+        num_blocks=SEQUENCES * (LENGTH // PAGE + 1), enable_prefix_caching=False, kv_cache_dtype=name if kind == "kv" else "auto",
+        quantization={"w": name, "w8a8": variant}.get(kind, "none"),
     )  # fmt: skip
-    quantization = {"w": name, "w8a8": variant}.get(kind, "none")
-    return CudaRunner(config, kv_cache_dtype=name if kind == "kv" else "auto", quantization=quantization)
+    runner = create_engine(config).runner
+    assert isinstance(runner, CudaRunner), "the device is cuda"
+    return runner
 
 
 @torch.inference_mode()
