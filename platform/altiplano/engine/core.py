@@ -185,6 +185,20 @@ class Engine:
         """Ids of the requests that have not ended."""
         return list(self._requests)
 
+    def check_sleep(self, level: int) -> None:
+        """
+        Raises:
+            EngineError: why it cannot sleep at this level, whoever is being answered.
+        """
+        if level not in (1, 2):
+            raise EngineError(
+                f"sleep level {level} is unknown: use 1 (weights wait in host memory) or 2 (weights are loaded again)"
+            )
+        if self.sleep_level not in (0, level):
+            raise EngineError(f"the engine sleeps at level {self.sleep_level}: wake it up first")
+        if not isinstance(self.runner, Sleeper):
+            raise EngineError(f"the backend of device {self.config.device} cannot sleep")
+
     def sleep(self, level: int = 1) -> None:
         """Give memory back until `wake_up`: the KV cache and the prefix cache with it, and the device's copies of weights and adapters.
 
@@ -194,18 +208,11 @@ class Engine:
         Raises:
             EngineError: no such level, requests are under way, it sleeps at another level, or this backend cannot sleep.
         """
-        if level not in (1, 2):
-            raise EngineError(
-                f"sleep level {level} is unknown: use 1 (weights wait in host memory) or 2 (weights are loaded again)"
-            )
+        self.check_sleep(level)
         if self.sleep_level == level:
             return
-        if self.sleep_level:
-            raise EngineError(f"the engine sleeps at level {self.sleep_level}: wake it up first")
         if self.has_unfinished():
             raise EngineError(f"{len(self._requests)} requests are under way: wait for them, or abort them, before it sleeps")
-        if not isinstance(self.runner, Sleeper):
-            raise EngineError(f"the backend of device {self.config.device} cannot sleep")
         if self._radix is not None:
             for namespace in self._radix.namespaces():
                 self._radix.drop(namespace)

@@ -74,8 +74,10 @@ def add_api(app: FastAPI, make_generator: Callable[[], Generator]) -> None:
 
     @app.get("/ready", responses=answers("status"))
     async def ready() -> Response:
-        """200 while requests can be taken: the engine has its model in memory."""
-        if not make_generator().client.ready:
+        """200 while requests can be taken: the engine has its model in memory, and is awake."""
+        client = make_generator().client
+        client.check_awake()
+        if not client.ready:
             raise ApiError(503, "the engine is starting: try again in a moment", code="engine_starting", retry_after=2)
         return JSONResponse({"status": "ready"})
 
@@ -111,6 +113,7 @@ async def _answer(
     shaped: Callable[[dict[str, Any]], dict[str, Any]] = lambda answer: answer,
 ) -> Response:
     # What would be refused is refused before the first byte, so that the status can say so.
+    generator.client.check_awake()
     generator.adapter_of(body.model)
     for prompt in prompts:
         generator.sampling(body, len(prompt))

@@ -24,6 +24,7 @@ from altiplano.serve.observability import add_observability
 from altiplano.serve.page import add_page
 from altiplano.serve.replay import Replay
 from altiplano.serve.routes import undeclared
+from altiplano.serve.sleeping import add_sleeping
 
 HEALTH_TIMEOUT_S = 10.0
 
@@ -92,6 +93,7 @@ def create_app(make_generator: Callable[[], Generator], governance: Governance |
     add_observability(app, governance, make_generator)
     add_experiment(app, lambda: make_generator().experiment)
     add_changes(app, lambda: make_generator().changes)
+    add_sleeping(app, lambda: make_generator().sleeping)
     add_page(app)
     missing = undeclared(app.routes)
     if missing:

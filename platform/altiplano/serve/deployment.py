@@ -20,7 +20,7 @@ from altiplano.data.templates import ChatTemplate
 from altiplano.serve.app import create_app
 from altiplano.serve.autoscaling import load_of
 from altiplano.serve.control import CHANGE, DEPLOYMENT, DeployError
-from altiplano.serve.engine_client import EngineDiedError
+from altiplano.serve.engine_client import TURN_TIMEOUT_S, EngineDiedError
 from altiplano.serve.errors import ApiError
 from altiplano.serve.feedback import counts_at
 from altiplano.serve.forward import Forwarded, Frame, answered
@@ -105,6 +105,7 @@ class Endpoint:
         _Process.generator.experiment.spread = _rate
         _Process.generator.experiment.forward = _forward
         _Process.generator.changes.gather = _changes
+        _Process.generator.sleeping.gather = _sleep
         self._patience_s = wanted.health_check_timeout_s
         self._first_token = RecentPercentile(TTFT_SHARE, TTFT_WINDOW_S)
         self._configured = False
@@ -143,13 +144,19 @@ class Endpoint:
         """What this replica made of a change, for the replica that was asked about all."""
         return current().changes.told(change)
 
+    async def turn(self, method: str, *args: Any) -> dict[str, Any]:
+        """Call a method of this replica's `Sleeping`, for the replica that was asked to call it everywhere."""
+        return await current().sleeping.turn(method, *args)
+
     async def ab_snapshot(self) -> dict[str, Any]:
         """What became of this replica's requests, for the replica that was asked about all."""
         return current().experiment.snapshot()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """The load of this replica for the policy. An engine that does not answer reports nothing, which holds the number."""
+        """The load of this replica for the policy. An engine that does not answer, or sleeps, reports nothing, which holds the number."""
         assert _Process.governance is not None
+        if current().client.sleep_level:
+            return {}
         stats = await current().client.stats(STATS_TIMEOUT_S)
         buckets = cumulative_buckets(_Process.governance.metrics.first_token.collect())
         return asdict(load_of(stats, self._first_token.update(buckets, _Process.governance.clock())))
@@ -157,6 +164,8 @@ class Endpoint:
     async def check_health(self) -> None:
         """Starts an engine that hangs again; fails, so that Serve replaces this replica, when there is no engine to be had."""
         client = current().client
+        if client.turning:
+            return  # it loads or copies weights, within a time of its own
         try:
             await client.stats(self._patience_s)
         except TimeoutError:
@@ -214,6 +223,10 @@ async def _changes(change: str) -> list[dict[str, Any]]:
     return await _all_replicas("told_of_change", change)
 
 
+async def _sleep(method: str, *args: Any) -> list[dict[str, Any]]:
+    return await _all_replicas("turn", method, *args, timeout_s=TURN_TIMEOUT_S + SNAPSHOT_TIMEOUT_S)
+
+
 async def _in_test(method: str, *args: Any) -> list[dict[str, Any]]:
     """What a method says on all replicas that answer for an arm of the test, here or in another application."""
     arms = current().experiment.arms
@@ -222,11 +235,13 @@ async def _in_test(method: str, *args: Any) -> list[dict[str, Any]]:
     return [told for part in found for told in part]
 
 
-async def _all_replicas(method: str, *args: Any, at: str | None = None) -> list[dict[str, Any]]:
-    """What a method says on all replicas of an application, by default this one, that answer within seconds."""
+async def _all_replicas(
+    method: str, *args: Any, at: str | None = None, timeout_s: float = SNAPSHOT_TIMEOUT_S
+) -> list[dict[str, Any]]:
+    """What a method says on all replicas of an application, by default this one, that answer in time."""
     try:
         handle = _handle(at or serve.get_replica_context().app_name)
-        found = await handle.broadcast(method, *args).results_async(timeout_s=SNAPSHOT_TIMEOUT_S, return_exceptions=True)
+        found = await handle.broadcast(method, *args).results_async(timeout_s=timeout_s, return_exceptions=True)
     except (RayServeException, KeyError, TimeoutError):
         if at is None:
             raise

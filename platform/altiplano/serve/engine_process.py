@@ -10,7 +10,9 @@ import socket
 import struct
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -39,6 +41,7 @@ class Loop:
     def __init__(self, connection: socket.socket, engine: Engine | VllmEngine) -> None:
         self._connection, self._engine = connection, engine
         self._inbox: queue.Queue[m.Command | GrammarReport | None] = queue.Queue()
+        self._bedtimes: list[m.Sleep] = []  # that wait for requests to end
         runner, tokenizer = engine.runner, str(engine.config.model / "tokenizer.json")
         self._grammars = Grammars(tokenizer, runner.vocab_size, runner.eos_token_ids, self._inbox.put)
 
@@ -57,6 +60,8 @@ class Loop:
     def _take_commands(self) -> bool:
         """Handle what has come; wait for something when there is nothing to compute. False when the front end is gone."""
         while True:
+            if self._bedtimes and not self._engine.has_unfinished():
+                self._fall_asleep()
             idle = not self._engine.has_unfinished() or self._engine.is_blocked()
             try:
                 message = self._inbox.get(block=idle)
@@ -82,15 +87,44 @@ class Loop:
         elif isinstance(command, m.AskStats):
             stats, log = {name: float(value) for name, value in asdict(engine.stats()).items()}, engine.step_log
             self._send(m.Done(command.call, stats=stats, histograms=log.histograms(), steps=log.last(command.steps)))
+        elif isinstance(command, m.Sleep):
+            self._try(command.call, lambda: self._prepare_sleep(command))
+        elif isinstance(command, m.WakeUp):
+            for waiting in self._bedtimes:
+                self._send(m.Done(waiting.call, error="the engine was woken up before it slept"))
+            self._bedtimes.clear()
+            self._do(command.call, engine.wake_up)
+        elif isinstance(command, m.LoadAdapter):
+            self._do(command.call, lambda: engine.load_adapter(command.name, Path(command.path)))
         else:
-            try:
-                if isinstance(command, m.LoadAdapter):
-                    engine.load_adapter(command.name, Path(command.path))
-                else:
-                    engine.unload_adapter(command.name)
-                self._send(m.Done(command.call))
-            except ValueError as error:
-                self._send(m.Done(command.call, error=str(error)))
+            self._do(command.call, lambda: engine.unload_adapter(command.name))
+
+    def _do(self, call: int, action: Callable[[], None]) -> None:
+        """Do what a call asks for, and answer it."""
+        if self._try(call, action):
+            self._send(m.Done(call))
+
+    def _try(self, call: int, action: Callable[[], None]) -> bool:
+        """Whether that went well; if not, the caller is told why."""
+        try:
+            action()
+        except ValueError as error:
+            self._send(m.Done(call, error=str(error)))
+            return False
+        return True
+
+    def _prepare_sleep(self, command: m.Sleep) -> None:
+        self._engine.check_sleep(command.level)
+        self._bedtimes.append(command)
+        if command.abort:
+            for request_id in self._engine.unfinished:
+                self._engine.abort(request_id)
+                self._grammars.forget(request_id)
+
+    def _fall_asleep(self) -> None:
+        for command in self._bedtimes:
+            self._do(command.call, partial(self._engine.sleep, command.level))
+        self._bedtimes.clear()
 
     def _add(self, command: m.Add) -> None:
         engine, named = self._engine, (command.request_id, command.prompt)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from altiplano.serve import outcomes
 from altiplano.serve.arms import Arms, sticky_key
 from altiplano.serve.call import Call, current_call
-from altiplano.serve.engine_client import RefusedError
+from altiplano.serve.engine_client import ASLEEP, AsleepError, RefusedError
 from altiplano.serve.feedback import FeedbackRequest, Scores, answer_id, arm_of
 from altiplano.serve.forward import Forwarded, Frame
 from altiplano.serve.outcomes import Outcomes, Recorder, Trial
@@ -179,7 +179,9 @@ class Experiment:
     def _end(self, call: Call | None, trial: Trial | None, error: BaseException | None, refusable: bool) -> None:
         if call is None or trial is None:
             return
-        if isinstance(error, GeneratorExit | asyncio.CancelledError) or (isinstance(error, RefusedError) and refusable):
+        # Who puts the engine to sleep takes answers away from all arms alike: no arm has failed.
+        asleep = isinstance(error, AsleepError) or call.error == ASLEEP
+        if asleep or isinstance(error, GeneratorExit | asyncio.CancelledError) or (isinstance(error, RefusedError) and refusable):
             self._recorder.left(trial)
         elif error is not None or call.error is not None:
             self._recorder.failed(trial)

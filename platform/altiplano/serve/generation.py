@@ -23,6 +23,7 @@ from altiplano.serve.errors import ApiError
 from altiplano.serve.experiment import Experiment, check_user_config
 from altiplano.serve.protocol import ChatRequest, CompletionRequest
 from altiplano.serve.settings import ServeSettings
+from altiplano.serve.sleeping import Sleeping
 from altiplano.serve.tools import Function
 from altiplano.serve.usage import Usage
 
@@ -55,6 +56,7 @@ class Generator:
         self.vocabulary = Vocabulary(self.tokenizer)
         self.adapters = Adapters(self.client)
         self.changes = Changes(self.experiment.name)
+        self.sleeping = Sleeping(self.experiment.name, self.client)
         self._changing = asyncio.Lock()
 
     def model_names(self) -> list[str]:

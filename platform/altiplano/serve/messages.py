@@ -71,7 +71,21 @@ class AskStats(msgspec.Struct, frozen=True, tag="stats"):
     steps: int = 0
 
 
-Command = Add | Abort | LoadAdapter | UnloadAdapter | AskStats
+class Sleep(msgspec.Struct, frozen=True, tag="sleep"):
+    """Sleep at a level of Engine.sleep once no request is left, those that `abort` ends included; answered by Done when it sleeps."""
+
+    call: int
+    level: int
+    abort: bool = False
+
+
+class WakeUp(msgspec.Struct, frozen=True, tag="wake_up"):
+    """Wake up; takes back a Sleep that still waits. Answered by Done."""
+
+    call: int
+
+
+Command = Add | Abort | LoadAdapter | UnloadAdapter | AskStats | Sleep | WakeUp
 
 
 class Token(msgspec.Struct, frozen=True, array_like=True):

@@ -18,6 +18,8 @@ FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.7
 TOKEN_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
 REQUEST_S = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
 
+SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")  # vLLM's names, by level
+
 
 @dataclass(frozen=True)
 class Labels:
@@ -100,6 +102,7 @@ class Metrics:
             "guessed_steps": gauge("spec_decode_steps", "Steps with guesses since the engine started"),
             "draft_seconds": gauge("spec_decode_draft_seconds", "Time that making guesses has taken since the engine started"),
         }
+        self.sleep_state = gauge("engine_sleep_state", "1 for the state that the engine is in", "sleep_state")
         self.engine_up = gauge("engine_up", "1 while the engine answers")
         self.engine_restarts = gauge("engine_restarts", "Starts of the engine after the first")
         self._steps = StepCollector()
@@ -114,9 +117,15 @@ class Metrics:
         return found
 
     def set_engine(
-        self, stats: dict[str, float] | None, restarts: int, histograms: Mapping[str, StepHistogram] | None = None
+        self,
+        stats: dict[str, float] | None,
+        restarts: int,
+        histograms: Mapping[str, StepHistogram] | None = None,
+        sleep_level: int = 0,
     ) -> None:
         """Take the engine's own counters and histograms; None when it does not answer."""
+        for level, state in enumerate(SLEEP_STATES):
+            self.sleep_state.labels(state).set(level == sleep_level)
         if histograms is not None:
             self._steps.histograms = histograms
         self.engine_up.set(stats is not None)

@@ -61,14 +61,14 @@ def add_steps(app: FastAPI, find: Callable[[], Generator]) -> None:
         return JSONResponse({"object": "list", "data": [asdict(record) for record in found.steps or ()]})
 
 
-async def _engine(find: Callable[[], Generator]) -> tuple[dict[str, float] | None, int, dict[str, Histogram] | None]:
-    """(counters or None, restarts, histograms or None) of the engine."""
+async def _engine(find: Callable[[], Generator]) -> tuple[dict[str, float] | None, int, dict[str, Histogram] | None, int]:
+    """(counters or None, restarts, histograms or None, level of sleep) of the engine."""
     try:
         client = find().client
     except ApiError:
-        return None, 0, None
+        return None, 0, None, 0
     try:
         found = await client.measure(0, STATS_TIMEOUT_S)
-        return found.stats, client.restarts, found.histograms
+        return found.stats, client.restarts, found.histograms, client.sleep_level
     except (TimeoutError, EngineDiedError):
-        return None, client.restarts, None
+        return None, client.restarts, None, client.sleep_level

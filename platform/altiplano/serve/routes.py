@@ -40,6 +40,9 @@ TABLE = (
     Entry("GET", "/v1/ab", Scope.admin),
     Entry("GET", "/metrics", Scope.admin),
     Entry("GET", "/v1/engine/steps", Scope.admin),
+    Entry("POST", "/sleep", Scope.admin),
+    Entry("POST", "/wake_up", Scope.admin),
+    Entry("GET", "/is_sleeping", Scope.admin),
 )
 
 

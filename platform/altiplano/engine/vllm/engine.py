@@ -177,6 +177,23 @@ class VllmEngine:
         self._check_idle(name)
         self._engine.remove_lora(self._adapters.pop(name).lora_int_id)
 
+    @property
+    def unfinished(self) -> list[str]:
+        return list(self._requests)
+
+    def check_sleep(self, level: int) -> None:
+        """
+        Raises:
+            EngineError: always.
+        """
+        raise EngineError("engine vllm does not sleep: take the endpoint down to free its GPU, or use engine altiplano")
+
+    def sleep(self, level: int = 1) -> None:
+        self.check_sleep(level)
+
+    def wake_up(self) -> None:
+        """It never sleeps."""
+
     def stats(self) -> EngineStats:
         """Our own counts, and vLLM's gauges where it has them; what it does not tell is 0."""
         gauges = {metric.name: getattr(metric, "value", 0) for metric in self._engine.get_metrics()}
