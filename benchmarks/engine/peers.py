@@ -116,9 +116,14 @@ def versions(system: str) -> dict[str, str]:
 
 
 def hardware() -> str:
-    """The card's name as torch gives it, without a CUDA context in this process."""
+    """The card's name, without a CUDA context in this process where its driver's tool is there."""
     asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.splitlines()[0].strip()
+    try:
+        return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        import torch
+
+        return torch.cuda.get_device_name()
 
 
 def main() -> None:

@@ -64,3 +64,31 @@ def test_the_reference_judges_the_tokens_that_the_engine_scores(quality: Any, tm
     found = torch.tensor([row[-quality.JUDGED :] for row in scored]).flatten()
     assert torch.allclose(found, wanted, atol=1e-4)
     assert float(wanted.std()) > 0.01
+
+
+def test_a_path_that_fails_costs_only_itself(
+    quality: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = [torch.randint(20, (2, quality.JUDGED + 1)) for _ in range(3)]
+    wanted = [torch.randn(2 * quality.JUDGED, 20) for _ in tokens]
+    left = iter(wanted)
+
+    def broken() -> torch.Tensor:
+        raise RuntimeError("no such kernel")
+
+    def paths(_: object, ids: torch.Tensor) -> Any:
+        reference = next(left)
+        assert ids.shape == (2, quality.JUDGED)
+        yield "prefill", 2, lambda: reference + 0.5
+        yield "decode-1", 1, broken
+        yield "decode-2", 2, lambda: reference.roll(1, 1)
+
+    monkeypatch.setattr(quality, "make_runner", lambda *_: None)
+    monkeypatch.setattr(quality, "paths", paths)
+    records = quality.Records("1b", "altiplano", "abc", "NVIDIA H200", {})
+    quality.measure(records, Path("nowhere"), "w-int4", tokens, wanted)
+    rows = {row["workload"]: row for row in records.rows}
+    assert len(rows) == 8 and not any("decode-1" in name for name in rows)
+    assert all(row["runs"] == 3 and row["variant"] == "w-int4" and row["unit"] == "nats" for row in rows.values())
+    assert rows["quality-kl-max/prefill"]["max"] < 1e-6 < 0.1 < rows["quality-kl/decode-2"]["min"]
+    assert "no such kernel" in capsys.readouterr().err
