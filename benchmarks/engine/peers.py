@@ -1,10 +1,11 @@
 """W1-W4 on vLLM or SGLang, random weights at the public Llama 3.2 shapes: the requests of workloads.py, in the same call on the same card.
 
-usage: python benchmarks/engine/peers.py vllm|sglang MODEL [--only W1,W2-B64,…] [--out FILE] [--commit HASH] [--seconds S]; prints one JSON
-       record per line and keeps them in FILE. Needs the peer's package and none of ours.
+usage: python benchmarks/engine/peers.py vllm|sglang MODEL [--variant bf16|kv-fp8|w8a8-fp8] [--only W1,W2-B64,…] [--out FILE] [--commit HASH]
+       [--seconds S]; prints one JSON record per line and keeps them in FILE. Needs the peer's package and none of ours.
 
 Offline engines without HTTP and detokenisation, prefix cache off, their defaults otherwise. Before the workloads comes `start`: seconds
 from the start of this process to the first token of a prompt of 128, without weights to read (cold_start.py reads them).
+W2-B256-2048, on request: decode steps at a mean context of 2 032, which is where workloads.py takes them without a loop.
 """
 
 import argparse
@@ -17,13 +18,15 @@ import sys
 import time
 import traceback
 from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # processes that SGLang spawns import this file without its folder
 
-from definitions import SHAPES, WORKLOADS, Records, Workloads, model_directory, process_seconds  # noqa: E402
+import definitions  # noqa: E402
+from definitions import SHAPES, Records, Workloads, model_directory, process_seconds  # noqa: E402
 
 # kernels.py in this folder would pass for the package of that name, which transformers looks for.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != HERE]
@@ -35,17 +38,31 @@ ENVIRONMENT = {
     # FlashInfer's sampler is for top-k and top-p, which no workload asks for; the rest of the package need not be there.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
+WORKLOADS: dict[str, Callable[[Workloads], None]] = {
+    **definitions.WORKLOADS,
+    "W2-B256-2048": lambda bench: bench.decode("W2-B256-2048", 256, 1904, 256),
+}
+VARIANTS = ("bf16", "kv-fp8", "w8a8-fp8")
 MEMORY = 0.85  # of the card: both peers reserve their cache at the start
 
 
 class Peer(Workloads):
-    """A peer's offline engine; `records` is set once it has started."""
+    """A peer's offline engine; `records` is set once it has started.
+
+    `load_format`: "auto" for a checkpoint, "dummy" for a folder with a config alone; `variant`: one of `VARIANTS`.
+    """
 
     records: Records
     program: str
+    settings: ClassVar[dict[str, dict[str, str]]]  # of the engine, by our name of the variant
+
+    def __init__(self, model: Path, load_format: str, max_model_len: int, variant: str = "bf16") -> None:
+        super().__init__()
+        self.variant = variant
+        self.start(model, load_format, max_model_len)
 
     def record(self, workload: str, values: list[float], unit: str, higher: bool) -> None:
-        self.records.add(workload, "bf16", values, unit, higher, f"{self.program} --only {workload}")
+        self.records.add(workload, self.variant, values, unit, higher, f"{self.program} --only {workload}")
 
     def seconds(self, prompts: list[list[int]], lengths: list[int], temperature: float = 0.0) -> float:
         started = time.perf_counter()
@@ -54,6 +71,10 @@ class Peer(Workloads):
         if found != lengths:
             raise RuntimeError(f"answers of {sum(found)} tokens, and {sum(lengths)} were asked for")
         return elapsed
+
+    @abstractmethod
+    def start(self, model: Path, load_format: str, max_model_len: int) -> None:
+        """Import the package and make the engine."""
 
     @abstractmethod
     def generate(self, prompts: list[list[int]], lengths: list[int], temperature: float) -> list[int]:
@@ -66,14 +87,15 @@ class Peer(Workloads):
 class Vllm(Peer):
     """vLLM's `LLM`."""
 
-    def __init__(self, model: Path, load_format: str, max_model_len: int) -> None:
-        super().__init__()
+    settings: ClassVar = {"bf16": {}, "kv-fp8": {"kv_cache_dtype": "fp8"}, "w8a8-fp8": {"quantization": "fp8"}}
+
+    def start(self, model: Path, load_format: str, max_model_len: int) -> None:
         from vllm import LLM, SamplingParams
 
         self._params = SamplingParams
         self._llm = LLM(
             model=str(model), load_format=load_format, skip_tokenizer_init=True, dtype="bfloat16", max_model_len=max_model_len,
-            gpu_memory_utilization=MEMORY, enable_prefix_caching=False, disable_log_stats=True, seed=0,
+            gpu_memory_utilization=MEMORY, enable_prefix_caching=False, disable_log_stats=True, seed=0, **self.settings[self.variant],
         )  # fmt: skip
 
     def generate(self, prompts: list[list[int]], lengths: list[int], temperature: float) -> list[int]:
@@ -85,13 +107,14 @@ class Vllm(Peer):
 class Sglang(Peer):
     """SGLang's `Engine`."""
 
-    def __init__(self, model: Path, load_format: str, max_model_len: int) -> None:
-        super().__init__()
+    settings: ClassVar = {"bf16": {}, "kv-fp8": {"kv_cache_dtype": "fp8_e4m3"}, "w8a8-fp8": {"quantization": "fp8"}}
+
+    def start(self, model: Path, load_format: str, max_model_len: int) -> None:
         import sglang  # type: ignore[import-not-found]
 
         self._engine = sglang.Engine(
             model_path=str(model), load_format=load_format, skip_tokenizer_init=True, dtype="bfloat16", context_length=max_model_len,
-            mem_fraction_static=MEMORY, disable_radix_cache=True, random_seed=0, log_level="error",
+            mem_fraction_static=MEMORY, disable_radix_cache=True, random_seed=0, log_level="error", **self.settings[self.variant],
         )  # fmt: skip
 
     def generate(self, prompts: list[list[int]], lengths: list[int], temperature: float) -> list[int]:
@@ -130,7 +153,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("system", choices=sorted(PEERS))
     parser.add_argument("model", choices=sorted(SHAPES))
-    parser.add_argument("--only", default=",".join(WORKLOADS), help="workloads, in this order")
+    parser.add_argument("--variant", default="bf16", choices=VARIANTS)
+    parser.add_argument("--only", default=",".join(definitions.WORKLOADS), help="workloads, in this order")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--seconds", type=float, default=420, help="no workload starts later than this after the process")
@@ -142,12 +166,12 @@ def main() -> None:
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
 
-    peer = PEERS[options.system](model_directory(options.model), "dummy", 4096)
-    peer.program = f"python benchmarks/engine/peers.py {options.system} {options.model}"
+    peer = PEERS[options.system](model_directory(options.model), "dummy", 4096, options.variant)
+    peer.program = f"python benchmarks/engine/peers.py {options.system} {options.model} --variant {options.variant}"
     peer.seconds([peer.ids(128)], [1])
     started = process_seconds()
     peer.records = Records(options.model, options.system, options.commit, hardware(), versions(options.system), options.out)
-    peer.records.add("start", "bf16", [started], "s", False, peer.program)
+    peer.records.add("start", options.variant, [started], "s", False, peer.program)
     failed = []
     for name in names:
         if process_seconds() > options.seconds:

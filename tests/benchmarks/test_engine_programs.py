@@ -143,6 +143,18 @@ def test_a_workload_that_fails_costs_only_itself(peer_machine: dict[str, str], t
     assert rows[1]["hardware"] == "NVIDIA H200" and rows[1]["runs"] == 3
 
 
+def test_a_variant_is_the_peers_own_setting(peer_machine: dict[str, str], tmp_path: Path) -> None:
+    program = tmp_path / "vllm.py"
+    program.write_text(
+        VLLM.replace("        assert not", '        assert settings["kv_cache_dtype"] == "fp8"\n        assert not')
+    )
+    command = [sys.executable, str(FOLDER / "peers.py"), "vllm", "3b", "--variant", "kv-fp8", "--only", "W1"]
+    done = subprocess.run(command, env=peer_machine, capture_output=True, text=True, check=True)
+    row = json.loads(done.stdout.splitlines()[-1])
+    assert (row["model"], row["variant"], row["workload"]) == ("3b", "kv-fp8", "W1")
+    assert row["command"] == "python benchmarks/engine/peers.py vllm 3b --variant kv-fp8 --only W1"
+
+
 def test_an_unknown_workload_is_refused_before_anything_starts() -> None:
     done = subprocess.run(
         [sys.executable, str(FOLDER / "peers.py"), "vllm", "1b", "--only", "W9"], capture_output=True, text=True
