@@ -1,6 +1,6 @@
 """W1-W4 on vLLM or SGLang, random weights at the public Llama 3.2 shapes: the requests of workloads.py, in the same call on the same card.
 
-usage: python benchmarks/engine/peers.py vllm|sglang MODEL [--variant bf16|kv-fp8|w8a8-fp8] [--only W1,W2-B64,…] [--out FILE] [--commit HASH]
+usage: python benchmarks/engine/peers.py vllm|sglang MODEL [--variant bf16|kv-fp8|kv-int8|w8a8-fp8] [--only W1,W2-B64,…] [--out FILE] [--commit HASH]
        [--seconds S]; prints one JSON record per line and keeps them in FILE. Needs the peer's package and none of ours.
 
 Offline engines without HTTP and detokenisation, prefix cache off, their defaults otherwise. Before the workloads comes `start`: seconds
@@ -42,14 +42,13 @@ WORKLOADS: dict[str, Callable[[Workloads], None]] = {
     **definitions.WORKLOADS,
     "W2-B256-2048": lambda bench: bench.decode("W2-B256-2048", 256, 1904, 256),
 }
-VARIANTS = ("bf16", "kv-fp8", "w8a8-fp8")
 MEMORY = 0.85  # of the card: both peers reserve their cache at the start
 
 
 class Peer(Workloads):
     """A peer's offline engine; `records` is set once it has started.
 
-    `load_format`: "auto" for a checkpoint, "dummy" for a folder with a config alone; `variant`: one of `VARIANTS`.
+    `load_format`: "auto" for a checkpoint, "dummy" for a folder with a config alone; `variant`: one of `settings`.
     """
 
     records: Records
@@ -87,7 +86,12 @@ class Peer(Workloads):
 class Vllm(Peer):
     """vLLM's `LLM`."""
 
-    settings: ClassVar = {"bf16": {}, "kv-fp8": {"kv_cache_dtype": "fp8"}, "w8a8-fp8": {"quantization": "fp8"}}
+    settings: ClassVar = {
+        "bf16": {},
+        "kv-fp8": {"kv_cache_dtype": "fp8"},
+        "kv-int8": {"kv_cache_dtype": "int8_per_token_head"},
+        "w8a8-fp8": {"quantization": "fp8"},
+    }
 
     def start(self, model: Path, load_format: str, max_model_len: int) -> None:
         from vllm import LLM, SamplingParams
@@ -153,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("system", choices=sorted(PEERS))
     parser.add_argument("model", choices=sorted(SHAPES))
-    parser.add_argument("--variant", default="bf16", choices=VARIANTS)
+    parser.add_argument("--variant", default="bf16", choices=Vllm.settings)
     parser.add_argument("--only", default=",".join(definitions.WORKLOADS), help="workloads, in this order")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default="unknown")
@@ -163,6 +167,8 @@ def main() -> None:
     unknown = [name for name in names if name not in WORKLOADS]
     if unknown:
         parser.error(f"no workload {', '.join(unknown)}: use some of {', '.join(WORKLOADS)}")
+    if options.variant not in PEERS[options.system].settings:
+        parser.error(f"{options.system} has no {options.variant}: use one of {', '.join(PEERS[options.system].settings)}")
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
 

@@ -155,11 +155,16 @@ def test_a_variant_is_the_peers_own_setting(peer_machine: dict[str, str], tmp_pa
     assert row["command"] == "python benchmarks/engine/peers.py vllm 3b --variant kv-fp8 --only W1"
 
 
-def test_an_unknown_workload_is_refused_before_anything_starts() -> None:
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / "peers.py"), "vllm", "1b", "--only", "W9"], capture_output=True, text=True
-    )
-    assert done.returncode == 2 and "no workload W9: use some of W1, W2-B8" in done.stderr
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["vllm", "1b", "--only", "W9"], "no workload W9: use some of W1, W2-B8"),
+        (["sglang", "1b", "--variant", "kv-int8"], "sglang has no kv-int8: use one of bf16, kv-fp8"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_starts(asked: list[str], message: str) -> None:
+    done = subprocess.run([sys.executable, str(FOLDER / "peers.py"), *asked], capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr
 
 
 def test_starts_are_timed_from_the_outside_with_caches_of_their_own(peer_machine: dict[str, str], tmp_path: Path) -> None:
