@@ -1,5 +1,6 @@
 """An endpoint is put to sleep and woken up over HTTP, by whom, with whom under way, and what everybody else meets."""
 
+import asyncio
 import os
 import signal
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import pytest
 from altiplano.serve import deployment, engine_client
 from altiplano.serve.engine_client import RefusedError
 
-from .conftest import make_adapter
+from .conftest import Server, make_adapter, settings
 from .test_gate import LONG, SHORT, Guarded
 
 CHAMPION: dict[str, Any] = SHORT | {"model": "champion"}
@@ -241,6 +242,63 @@ def test_new_adapters_wait_until_it_is_awake(guarded: Guarded, admin: httpx.Clie
     guarded.run(guarded.generator.reconfigure(wanted))
     assert answer(admin, CHAMPION) != before
     guarded.run(guarded.generator.reconfigure({"adapters": {"orders-1": str(adapter)}, "aliases": {"champion": "orders-1"}}))
+
+
+def test_a_test_of_models_takes_sleep_for_nobodys_failure(
+    guarded: Guarded, admin: httpx.Client, pool: ThreadPoolExecutor, adapter: Path
+) -> None:
+    plain: dict[str, Any] = {"adapters": {"orders-1": str(adapter)}, "aliases": {"champion": "orders-1"}}
+    guarded.run(guarded.generator.reconfigure(plain | {"arms": {"salt": "a salt for sleep", "weights": {"champion": 1}}}))
+    tested = LONG | {"model": "champion"}
+    with admin.stream("POST", "/v1/completions", json=tested | {"stream": True, "n": 8}) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        with guarded.stopped():
+            asked = pool.submit(admin.post, "/v1/completions", json=tested)
+            guarded.until(lambda: len(guarded.generator.client._streams) == 9)
+            sleeping = pool.submit(admin.post, "/sleep", params={"mode": "abort"})
+            assert asked.result().status_code == 503
+        assert "engine_asleep" in "".join(lines)
+    assert sleeping.result().status_code == 200
+    assert admin.post("/v1/completions", json=CHAMPION).status_code == 503
+    assert admin.get("/v1/ab").json()["arms"] == {}
+    admin.post("/wake_up")
+    answer(admin, CHAMPION)
+    champion = admin.get("/v1/ab").json()["arms"]["champion"]
+    assert (champion["requests"], champion["errors"]) == (1, 0)
+    guarded.run(guarded.generator.reconfigure(plain))
+
+
+def test_replicas_sleep_together_or_not_at_all(
+    guarded: Guarded, admin: httpx.Client, pool: ThreadPoolExecutor, adapter: Path
+) -> None:
+    """Two front ends that hear of each other as replicas do: one is busy, so the other is woken up again."""
+    other = Server(settings(adapter))
+    own = guarded.generator.sleeping
+
+    async def gather(method: str, *args: Any) -> list[dict[str, Any]]:
+        beside = asyncio.run_coroutine_threadsafe(other.generator.sleeping.turn(method, *args), other.loop)
+        return [await own.turn(method, *args), await asyncio.wrap_future(beside)]
+
+    try:
+        own.gather = gather
+        with guarded.stopped():
+            asked = under_way(guarded, admin, pool, 1)
+            refused = admin.post("/sleep")
+            assert refused.status_code == 409 and "of 2)" in refused.json()["error"]["message"]
+            told = admin.get("/is_sleeping").json()
+            assert [replica["level"] for replica in told["replicas"]] == [0, 0]
+        assert asked.result().status_code == 200
+        assert httpx.post(f"{other.url}/v1/completions", json=SHORT, timeout=60).status_code == 200
+
+        other.run(other.generator.client.sleep(1))
+        told = admin.get("/is_sleeping").json()
+        assert told["is_sleeping"] is False and [replica["level"] for replica in told["replicas"]] == [0, 1]
+        assert admin.post("/sleep").json()["is_sleeping"] is True
+        assert admin.post("/wake_up").json()["is_sleeping"] is False
+    finally:
+        own.gather = None
+        other.close()
 
 
 def test_ray_serve_is_not_confused(guarded: Guarded, admin: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from altiplano.serve.errors import ApiError
 from altiplano.serve.generation import Generator
 from altiplano.serve.governance import Governance
 from altiplano.serve.keys import Scope
-from altiplano.serve.openapi import answers
+from altiplano.serve.openapi import answers, query_of
 
 # Scrapers give up after ten seconds: an engine that hangs must not take the front end's own numbers with it.
 STATS_TIMEOUT_S = 2.0
@@ -48,7 +48,9 @@ def add_metrics(app: FastAPI, governance: Governance, find: Callable[[], Generat
 def add_steps(app: FastAPI, find: Callable[[], Generator]) -> None:
     """Add /v1/engine/steps to `app`. `find` raises ApiError while the engine starts."""
 
-    @app.get("/v1/engine/steps", responses=answers("object", "data"))
+    query = query_of(last={"type": "integer", "minimum": 1, "maximum": REMEMBERED, "default": 64})
+
+    @app.get("/v1/engine/steps", openapi_extra=query, responses=answers("object", "data"))
     async def steps(request: Request) -> Response:
         """The last steps of this replica's engine, oldest first, as StepRecord names them; `last` (default 64) says how many."""
         text = request.query_params.get("last", "64")

@@ -31,6 +31,11 @@ def body_of(kind: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
+def query_of(**schemas: dict[str, Any]) -> dict[str, Any]:
+    """A route's optional query parameters by their JSON schemas, for `openapi_extra`."""
+    return {"parameters": [{"name": name, "in": "query", "schema": schema} for name, schema in schemas.items()]}
+
+
 def answers(*fields: str, streamed: bool = False) -> dict[int | str, dict[str, Any]]:
     """A route's responses: an object that has `fields`, perhaps also as server-sent events, or an error."""
     content: dict[str, Any] = {"application/json": {"schema": {"type": "object", "required": list(fields)}}}

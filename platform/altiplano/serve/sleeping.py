@@ -12,8 +12,9 @@ from fastapi.responses import JSONResponse
 
 from altiplano.serve.engine_client import EngineClient, EngineDiedError, RefusedError
 from altiplano.serve.errors import ApiError
-from altiplano.serve.openapi import answers
+from altiplano.serve.openapi import answers, query_of
 
+LEVELS = ("1", "2")
 MODES = ("wait", "abort")
 FIELDS = ("is_sleeping", "replicas")
 
@@ -66,11 +67,13 @@ class Sleeping:
 def add_sleeping(app: FastAPI, find: Callable[[], Sleeping]) -> None:
     """Add /sleep, /wake_up and /is_sleeping to `app`. `find` raises ApiError while the endpoint starts."""
 
-    @app.post("/sleep", responses=answers(*FIELDS))
+    query = query_of(level={"enum": list(LEVELS), "default": LEVELS[0]}, mode={"enum": list(MODES)})
+
+    @app.post("/sleep", openapi_extra=query, responses=answers(*FIELDS))
     async def sleep(request: Request) -> Response:
         """Give the engines' memory back until /wake_up. `level`: 1 keeps the weights in host memory, 2 loads them again. `mode`: what
         becomes of answers that are under way, `wait` or `abort`; without it they forbid it."""
-        level, mode = _asked(request, "level", ("1", "2")) or "1", _asked(request, "mode", MODES)
+        level, mode = _asked(request, "level", LEVELS) or LEVELS[0], _asked(request, "mode", MODES)
         sleeping = find()
         told = await sleeping.everywhere("sleep", int(level), mode)
         if any(replica["error"] for replica in told) and any(replica["fresh"] and not replica["error"] for replica in told):
