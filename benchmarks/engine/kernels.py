@@ -170,24 +170,36 @@ def prefills(model: str) -> None:
 
 
 def draws(model: str) -> None:
-    """Draws under filters: of flat rows (random weights), and of peaked ones as trained models give them."""
+    """What filters add to plain draws: of flat rows (random weights), and of peaked ones as trained models give them."""
     if model != "1b":
         return  # the vocabulary is the same
     vocab, rounds = 128256, torch.zeros(1, dtype=torch.int32, device="cuda")
-    for rows in (1, 8, 64, 256):
+    for rows in (1, 8, 16, 64, 256):
         slots = torch.arange(rows, dtype=torch.int32, device="cuda")
         seeds, work = torch.arange(rows, device="cuda"), DrawWorkspace(rows, vocab, "cuda")
         steps, temperatures = rounds.expand(rows).contiguous(), torch.full((rows,), 0.7, device="cuda")
         for name, scale in (("flat", 0.9), ("peaked", 4.0)):
             logits = [torch.randn(rows, vocab, device="cuda", dtype=torch.bfloat16) * scale for _ in range(BUFFERS)]
-            plain = graph_ms(lambda i, x=logits: draw(x[i], slots, temperatures, seeds, steps, work))
-            for top_k, top_p, min_p in ((0, 0.9, 0.0), (50, 1.0, 0.0), (50, 0.9, 0.0), (0, 1.0, 0.05)):
+            plain = graph_ms(lambda i, x=logits: draw(x[i], slots, temperatures, seeds, steps, work, True))
+            for top_k, top_p, min_p in (
+                (0, 0.9, 0.0),
+                (0, 0.5, 0.0),
+                (50, 1.0, 0.0),
+                (50, 0.9, 0.0),
+                (0, 1.0, 0.05),
+                (0, 1.0, 0.0),
+            ):
                 filters = (
                     torch.full((rows,), top_k, dtype=torch.int32, device="cuda"),
                     torch.full((rows,), top_p, device="cuda"),
                     torch.full((rows,), min_p, device="cuda"),
                 )
-                ms = graph_ms(lambda i, x=logits, f=filters: draw_filtered(x[i], slots, temperatures, *f, seeds, steps, work))
+
+                def both(i: int, x: list[torch.Tensor] = logits, f: tuple[torch.Tensor, ...] = filters) -> None:
+                    draw(x[i], slots, temperatures, seeds, steps, work, True)
+                    draw_filtered(x[i], slots, temperatures, *f, seeds, steps, work, True)
+
+                ms = graph_ms(both) - plain
                 say(
                     kernel="draw",
                     rows=rows,

@@ -18,7 +18,7 @@ from altiplano_kernels.prefill_attention.kernel import list_tiles, prefill
 from altiplano_kernels.rms_norm.reference import rms_norm
 from altiplano_kernels.rope.reference import cos_sin as tables_of
 from altiplano_kernels.rope.reference import inverse_frequencies
-from altiplano_kernels.sampling.kernel import RING, DrawWorkspace, draw_and_advance
+from altiplano_kernels.sampling.kernel import RING, DrawWorkspace, advance, draw
 from altiplano_kernels.sampling.reference import gumbel
 from altiplano_kernels.swiglu.kernel import swiglu
 from altiplano_kernels.swiglu.reference import swiglu as swiglu_reference
@@ -212,7 +212,9 @@ def test_draws_equal_the_reference_and_advance_the_slot() -> None:
     temperatures[[0, 1, 5]] = torch.tensor([0.6, 1.0, 2.0], device=DEVICE)
     seeds = torch.tensor([2**40 + 9, 5, 0, 0, 0, -3, 0, 0, 0], dtype=torch.int64, device=DEVICE)
     ring = torch.full((slots, RING), -1, dtype=torch.int32, device=DEVICE)
-    draw_and_advance(logits, pick, tokens, positions, steps, temperatures, seeds, ring, DrawWorkspace(rows, vocab, DEVICE))
+    work = DrawWorkspace(rows, vocab, DEVICE)
+    draw(logits, pick, temperatures, seeds, steps, work)
+    advance(work.values, work.ids, work.parts, pick, tokens, positions, steps, ring)
     at = pick.long()
     hot = temperatures[at] > 0
     noise = gumbel(seeds[at], before[at].long(), vocab)

@@ -14,6 +14,22 @@ from altiplano_kernels.w8a8 import kernel as w8a8
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED = 227 * 1024  # bytes that a block may have
+SIZES = filtered.SIZES
+VOCABULARY = {
+    "PART": SIZES.part,
+    "GROUP": SIZES.group,
+    "LIST": SIZES.listed,
+    "MEMBERS": SIZES.members,
+    "PARTS": 16,
+    "DRAWN": 16,
+}
+SETTINGS, DRAWN = "*i32 *fp32 *i32 *fp32 *fp32", "*fp32 *i32"
+FILTERS = [  # kernel, types behind the logits, warps
+    (filtered._survey_kernel, f"{SETTINGS} {DRAWN} *fp32 *fp32 i32 i32 i32", 8),
+    (filtered._narrow_kernel, f"{SETTINGS} *i64 *i32 {DRAWN} *fp32 *i32 *fp32 *fp32 *i32 i32 i32 i32", 16),
+    (filtered._weigh_kernel, "*i32 *fp32 *fp32 *fp32 *i32 *fp32 *fp32 *i32 *fp32 *i32 i32 i32", 8),
+    (filtered._finish_kernel, f"{SETTINGS} *i64 *i32 {DRAWN} *fp32 *fp32 *i32 *i32 *i32 *fp32 *i32 i32 i32 i32 i32", 16),
+]
 
 
 def compile_kernel(name: str, kernel: triton.JITFunction, types: str, constants: dict[str, object], warps: int) -> None:
@@ -22,7 +38,9 @@ def compile_kernel(name: str, kernel: triton.JITFunction, types: str, constants:
     given = dict(zip(arguments, types.split(), strict=True))
     signature = {argument: given.get(argument, "constexpr") for argument in kernel.arg_names}
     place = {argument: (at,) for at, argument in enumerate(kernel.arg_names)}
-    aligned = {place[a]: [["tt.divisibility", 16]] for a in arguments if given[a].startswith("*") or a.startswith("stride")}
+    aligned = {
+        place[a]: [["tt.divisibility", 16]] for a in arguments if given[a].startswith("*") or a.startswith(("stride", "vocab"))
+    }
     source = ASTSource(kernel, signature, {place[a]: value for a, value in constants.items()}, aligned)
     built = triton.compile(source, target=HOPPER, options={"num_warps": warps})
     tensor_cores = "wgmma" if "wgmma" in built.asm["ptx"] else "mma" if "mma.sync" in built.asm["ptx"] else "none"
@@ -59,9 +77,10 @@ def eight_bits() -> None:
 def draws() -> None:
     for kind in ("*bf16", "*fp32"):
         for early in (False, True):  # starting while the kernel before ends
-            types = f"{kind} *i32 *fp32 *i32 *fp32 *fp32 *i64 *i32 *fp32 *i32 i32 i32 i32"
-            constants = {"BLOCK": filtered.BLOCK, "WIDE": kind == "*fp32", "PDL": early}
-            compile_kernel(f"draw-filtered-{kind[1:]}-{early}", filtered._draw_filtered_kernel, types, constants, 16)
+            for kernel, types, warps in FILTERS:
+                name, given = f"{kernel.__name__[1:-7]}-{kind[1:]}-{early}", {"WIDE": kind == "*fp32", "PDL": early, **VOCABULARY}
+                constants = {argument: value for argument, value in given.items() if argument in kernel.arg_names}
+                compile_kernel(f"draw-{name}", kernel, f"{kind} {types}", constants, warps)
             types = f"{kind} *i32 *fp32 *i64 *i32 *fp32 *i32 i32 i32 i32"
             constants = {"CHUNK": sampling.CHUNK, "BLOCK": sampling.BLOCK, "PDL": early}
             compile_kernel(f"draw-{kind[1:]}-{early}", sampling._best_kernel, types, constants, 4)

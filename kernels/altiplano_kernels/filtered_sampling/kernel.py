@@ -1,150 +1,248 @@
 """Draws under top-k, top-p and min-p without a sort, token for token those of `sampling.reference.sample`.
 
 Tokens are ranked by (logit, lower id first), and each filter keeps the beginning of that ranking. A Gumbel draw from everything is
-also the draw from what is kept if the drawn token is kept; if it is not, nothing behind it is either, so the next draw is among
-the tokens before it. Whether a token is kept takes one sum over the row. A peaked distribution needs one or two draws, a flat one
-about log2(vocabulary / kept). Only top-k needs its bound beforehand (top-p is a share of what top-k has left): the k-th logit is
-found from its bits, two a pass.
+also the draw from what is kept if the drawn token is kept; if it is not, nothing behind it is either, and the next draw is among
+the tokens before it. So the plain draw, which is made before, stands with a probability of top_p or more, whatever the row is like.
+Under top-k it nearly never does, but then few tokens are left: of the maxima of groups of 64 tokens, the k-th largest is a lower
+bound of the k-th logit, so only groups that reach it are looked at again (of 2004 groups, 50 have 51 such tokens; 512 have 590).
 
-One program does a row: it reads 256 KB of bf16 logits from the L2 cache per pass, and rows without filters leave at once.
+    survey   each part of a row   maxima of its groups, or its mass and the mass before the drawn token
+    narrow   each part            where the drawn token is not kept, the part's best draws before that one
+    weigh    each part            masses before each of the row's next draws
+    finish   each row             the first of them that is kept; or tokens that reach the bound, the exact one, and the draw
+
+Launches do not depend on data, and rows without filters leave each of them at once. Rows that do not fit (k above half the groups,
+hundreds of equal logits at the bound, eight draws in a row behind top-p) are done by `slow` in the last one: one program, about
+100 µs and more.
+
+What it should cost at 128 256 entries: one row waits for four launches, of which `survey` takes 3 to 4 µs (16 programs, 32 entries a thread,
+20 instructions an entry), the next two 1 to 2 µs each where the draw stands and 5 and 4 µs where it does not, `finish` 2 µs, or 8 µs with a
+list. 256 rows are 66 MB of bf16, 20 to 25 µs in `survey`, and a redraw is as dear as a plain draw (0.4 µs a row), but one row in ten needs
+it at top_p 0.9: together 50 to 60 µs (top-p), 40 to 50 µs (top-k).
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from altiplano_kernels.sampling.kernel import DrawWorkspace, mix
+from altiplano_kernels.filtered_sampling.listing import draw_listed, list_tokens
+from altiplano_kernels.filtered_sampling.ranking import NONE, finite, ranks_before
+from altiplano_kernels.filtered_sampling.slow import draw_slowly
+from altiplano_kernels.sampling.kernel import DrawWorkspace, gumbel, noise_state
 
-BLOCK = 8192
-
-
-@triton.jit
-def _ranks_before(value, at, bound, last):
-    """Whether (value, at) comes before (bound, last) in the ranking."""
-    return (value > bound) | ((value == bound) & (at < last))
-
-
-@triton.jit
-def _ordered(value, WIDE: tl.constexpr):
-    """Integers in the order of floats, as uint32: all 32 bits, or the upper 16 of what was bf16. Zeros have one sign."""
-    bits = (value + 0.0).to(tl.uint32, bitcast=True)
-    sign = tl.full((), 0x80000000, tl.uint32)
-    bits = tl.where(bits >= sign, bits ^ 0xFFFFFFFF, bits | sign)
-    return bits if WIDE else bits >> 16
+DONE, LISTED, CHAINED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+SUMS = tl.constexpr(
+    4
+)  # of a part: largest logit; mass relative to that one; mass before the drawn token; logit of the drawn token
 
 
-@triton.jit
-def _kth(base, k, vocab, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """The k-th logit of a row as (value, last): kept is what ranks before (value, last)."""
-    n = tl.arange(0, BLOCK)
-    BITS: tl.constexpr = 32 if WIDE else 16
-    found = tl.zeros((), tl.uint32)
-    for digit in range(BITS // 2):
-        shift = BITS - 2 - 2 * digit
-        one, two, three = (
-            found + (1 << shift).to(tl.uint32),
-            found + (2 << shift).to(tl.uint32),
-            found + (3 << shift).to(tl.uint32),
-        )
-        least_one, least_two, least_three = 0, 0, 0
-        for start in range(0, vocab, BLOCK):
-            at = start + n
-            key = _ordered(tl.load(base + at, mask=at < vocab, other=float("-inf")).to(tl.float32), WIDE)
-            inside = at < vocab
-            least_one += tl.sum((inside & (key >= one)).to(tl.int32), 0)
-            least_two += tl.sum((inside & (key >= two)).to(tl.int32), 0)
-            least_three += tl.sum((inside & (key >= three)).to(tl.int32), 0)
-        found = tl.where(least_three >= k, three, tl.where(least_two >= k, two, tl.where(least_one >= k, one, found)))
-    above = 0
-    for start in range(0, vocab, BLOCK):
-        at = start + n
-        key = _ordered(tl.load(base + at, mask=at < vocab, other=float("-inf")).to(tl.float32), WIDE)
-        above += tl.sum(((at < vocab) & (key > found)).to(tl.int32), 0)
-    # Of those that are equal to the k-th, the first ones by id.
-    equal, last = 0, vocab
-    for start in range(0, vocab, BLOCK):
-        at = start + n
-        key = _ordered(tl.load(base + at, mask=at < vocab, other=float("-inf")).to(tl.float32), WIDE)
-        same = ((at < vocab) & (key == found)).to(tl.int32)
-        hit = (same == 1) & (equal + tl.cumsum(same, 0) == k - above)
-        last = tl.minimum(last, tl.min(tl.where(hit, at + 1, vocab), 0))
-        equal += tl.sum(same, 0)
-    bits = found if WIDE else found << 16
-    sign = tl.full((), 0x80000000, tl.uint32)
-    bits = tl.where(bits >= sign, bits ^ sign, bits ^ (0xFFFFFFFF if WIDE else 0xFFFF0000))
-    return bits.to(tl.float32, bitcast=True), last
+class Sizes(NamedTuple):
+    """Powers of two: entries of a part and of a group; tokens of a row that can be listed; draws of a part that can follow."""
+
+    part: int
+    group: int
+    listed: int
+    members: int
+
+
+SIZES = Sizes(8192, 64, 2048, 8)
 
 
 @triton.jit
-def _mass(base, bound, last, first_bound, first_last, top, temperature, vocab, BLOCK: tl.constexpr):
-    """Sum of exp((logit - top) / temperature) over what ranks before both bounds."""
-    n = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, vocab, BLOCK):
-        at = start + n
-        value = tl.load(base + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
-        counted = _ranks_before(value, at, bound, last) & _ranks_before(value, at, first_bound, first_last)
-        total += tl.where(counted, tl.exp((value - top) / temperature), 0.0)
-    return tl.sum(total, 0)
+def _settings(slots, temperatures, top_ks, top_ps, min_ps, row, vocab):
+    """(temperature, top_p, min_p, whether top-k limits, whether anything does) of a row."""
+    slot = tl.load(slots + row)
+    temperature, top_k = tl.load(temperatures + slot), tl.load(top_ks + slot)
+    top_p, min_p = tl.load(top_ps + slot), tl.load(min_ps + slot)
+    limited = (top_k > 0) & (top_k < vocab)
+    return temperature, top_p, min_p, limited, (temperature >= 1e-5) & (limited | (top_p < 1) | (min_p > 0))
 
 
 @triton.jit
-def _draw_filtered_kernel(
-    logits, slots, temperatures, top_ks, top_ps, min_ps, seeds, steps, values, ids, vocab, stride, parts,
-    BLOCK: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+def _plain_draw(logits, values, ids, row, drawn, DRAWN: tl.constexpr):
+    """(logit, id) of what the plain draw drew from the row; logits: where the row begins."""
+    n = tl.arange(0, DRAWN)
+    value = tl.load(values + row * drawn + n, mask=n < drawn, other=float("-inf"))
+    token = tl.load(ids + row * drawn + n, mask=n < drawn, other=0x7FFFFFFF)
+    first = tl.min(tl.where(value == tl.max(value, 0), token, 0x7FFFFFFF), 0)
+    return tl.load(logits + first).to(tl.float32), first
+
+
+@triton.jit
+def _sums_of_row(sums, row, parts, inverse, PARTS: tl.constexpr):
+    """(largest logit, mass, mass before the drawn token) of a row from those of its parts; masses relative to the largest."""
+    n = tl.arange(0, PARTS)
+    at = sums + (row * parts + n) * SUMS
+    tops = tl.load(at, mask=n < parts, other=float("-inf"))
+    top = tl.max(tops, 0)
+    scales = tl.exp((tops - finite(top)) * inverse)
+    total = tl.sum(scales * tl.load(at + 1, mask=n < parts, other=0.0), 0)
+    return top, total, tl.sum(scales * tl.load(at + 2, mask=n < parts, other=0.0), 0)
+
+
+@triton.jit
+def _survey_kernel(
+    logits, slots, temperatures, top_ks, top_ps, min_ps, values, ids, maxima, sums, vocab, stride, drawn,
+    PART: tl.constexpr, GROUP: tl.constexpr, DRAWN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    part, row, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    temperature, _, _, limited, filtered = _settings(slots, temperatures, top_ks, top_ps, min_ps, row, vocab)
+    if filtered:
+        base = logits + row.to(tl.int64) * stride
+        at = part * PART + tl.arange(0, PART)
+        x = tl.load(base + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
+        if limited:
+            GROUPS: tl.constexpr = PART // GROUP
+            highest = tl.max(tl.reshape(x, (GROUPS, GROUP)), 1)
+            tl.store(maxima + (row * parts + part) * GROUPS + tl.arange(0, GROUPS), highest)
+        else:
+            value, token = _plain_draw(base, values, ids, row, drawn, DRAWN)
+            top = tl.max(x, 0)
+            mass = tl.exp((x - finite(top)) * (1.0 / temperature))
+            spot = sums + (row * parts + part) * SUMS
+            tl.store(spot, top)
+            tl.store(spot + 1, tl.sum(mass, 0))
+            tl.store(spot + 2, tl.sum(tl.where(ranks_before(x, at, value, token), mass, 0.0), 0))
+            tl.store(spot + 3, value)
+
+
+@triton.jit
+def _narrow_kernel(
+    logits, slots, temperatures, top_ks, top_ps, min_ps, seeds, steps, values, ids, sums, states,
+    chain_noisy, chain_values, chain_ids, vocab, stride, drawn,
+    PART: tl.constexpr, MEMBERS: tl.constexpr, PARTS: tl.constexpr, DRAWN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    part, row, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    temperature, top_p, min_p, limited, filtered = _settings(slots, temperatures, top_ks, top_ps, min_ps, row, vocab)
+    state = DONE
+    if filtered & limited:
+        state = LISTED
+    elif filtered:
+        inverse = 1.0 / temperature
+        top, total, before = _sums_of_row(sums, row, parts, inverse, PARTS)
+        value = tl.load(sums + row * parts * SUMS + 3)
+        kept = (top_p >= 1) | (before <= 0) | (before < top_p * total)
+        kept &= (min_p <= 0) | (tl.exp((value - finite(top)) * inverse) >= min_p)
+        # A row of -inf alone has nothing to draw from: its plain draw stands.
+        if (top > float("-inf")) & (kept == 0):
+            state = CHAINED
+            base = logits + row.to(tl.int64) * stride
+            at = part * PART + tl.arange(0, PART)
+            x = tl.load(base + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
+            slot = tl.load(slots + row)
+            noise = gumbel(noise_state(tl.load(seeds + slot), tl.load(steps + slot)), at)
+            value, token = _plain_draw(base, values, ids, row, drawn, DRAWN)
+            able = ranks_before(x, at, value, token) & (tl.exp((x - top) * inverse) >= min_p)
+            noisy = tl.where(able, x / temperature + noise, float("-inf"))
+            for member in range(tl.where(top_p < 1, MEMBERS, 1)):
+                best = tl.max(noisy, 0)
+                first = tl.min(tl.where((noisy == best) & (noisy > float("-inf")), at, NONE), 0)
+                value = tl.max(tl.where(at == first, x, float("-inf")), 0)
+                spot = (row * parts + part) * MEMBERS + member
+                tl.store(chain_noisy + spot, best)
+                tl.store(chain_values + spot, value)
+                tl.store(chain_ids + spot, first)
+                noisy = tl.where(ranks_before(x, at, value, first), noisy, float("-inf"))
+    if part == 0:
+        tl.store(states + row, state)
+
+
+@triton.jit
+def _weigh_kernel(
+    logits, slots, temperatures, top_ps, sums, states, chain_noisy, chain_values, chain_ids, masses, tokens, vocab, stride,
+    PART: tl.constexpr, MEMBERS: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    part, row, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    if tl.load(states + row) == CHAINED:
+        slot = tl.load(slots + row)
+        inverse = 1.0 / tl.load(temperatures + slot)
+        members = tl.where(tl.load(top_ps + slot) < 1, MEMBERS, 1)
+        at = part * PART + tl.arange(0, PART)
+        x = tl.load(logits + row.to(tl.int64) * stride + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
+        m = tl.arange(0, PARTS * MEMBERS)
+        known = (m // MEMBERS < parts) & (m % MEMBERS < members)
+        spot = row * parts * MEMBERS + m
+        noisy = tl.load(chain_noisy + spot, mask=known, other=float("-inf"))
+        value = tl.load(chain_values + spot, mask=known, other=float("-inf"))
+        token = tl.load(chain_ids + spot, mask=known, other=NONE)
+        # What follows the last draw that a part has room for is not known.
+        cut = (m % MEMBERS == members - 1) & (token < NONE)
+        top, _, _ = _sums_of_row(sums, row, parts, inverse, PARTS)
+        mass = tl.exp((x - top) * inverse)
+        sound = 1
+        for member in range(members):
+            best = tl.max(noisy, 0)
+            first = tl.min(tl.where((noisy == best) & (noisy > float("-inf")), token, NONE), 0)
+            bound = tl.max(tl.where(token == first, value, float("-inf")), 0)
+            ahead = ranks_before(x, at, bound, first)
+            tl.store(masses + (row * parts + part) * MEMBERS + member, tl.sum(tl.where(ahead, mass, 0.0), 0))
+            if part == 0:
+                tl.store(tokens + row * MEMBERS + member, tl.where((sound == 1) & (first < NONE), first, -1))
+            left = ranks_before(value, token, bound, first)
+            noisy = tl.where(left, noisy, float("-inf"))
+            sound = tl.where(tl.sum((cut & (left == 0)).to(tl.int32), 0) == 0, sound, 0)
+
+
+@triton.jit
+def _draw_chained(
+    sums, masses, tokens, row, parts, temperature, top_p, PARTS: tl.constexpr, MEMBERS: tl.constexpr
+):  # fmt: skip
+    """The first of a row's next draws that is kept; -1 if none of those that are known is."""
+    _, total, _ = _sums_of_row(sums, row, parts, 1.0 / temperature, PARTS)
+    p, m = tl.arange(0, PARTS), tl.arange(0, MEMBERS)
+    known = m < tl.where(top_p < 1, MEMBERS, 1)
+    spot = (row * parts + p[:, None]) * MEMBERS + m[None, :]
+    ahead = tl.sum(tl.load(masses + spot, mask=(p < parts)[:, None] & known[None, :], other=0.0), 0)
+    token = tl.load(tokens + row * MEMBERS + m, mask=known, other=-1)
+    kept = (token >= 0) & ((ahead <= 0) | (ahead < tl.where(top_p < 1, top_p * total, float("inf"))))
+    first = tl.min(tl.where(kept, m, MEMBERS), 0)
+    return tl.max(tl.where(m == first, token, -1), 0)
+
+
+@triton.jit
+def _finish_kernel(
+    logits, slots, temperatures, top_ks, top_ps, min_ps, seeds, steps, values, ids, maxima, sums, states, picked, listed, masses, tokens,
+    vocab, stride, drawn, parts,
+    PART: tl.constexpr, GROUP: tl.constexpr, LIST: tl.constexpr, MEMBERS: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    slot = tl.load(slots + row)
-    temperature, top_k = tl.load(temperatures + slot), tl.load(top_ks + slot)
-    top_p, min_p = tl.load(top_ps + slot), tl.load(min_ps + slot)
-    limited = (top_k > 0) & (top_k < vocab)
-    if (temperature >= 1e-5) & (limited | (top_p < 1) | (min_p > 0)):
-        n = tl.arange(0, BLOCK)
-        base = logits + row.to(tl.int64) * stride
-        highest = tl.full((BLOCK,), float("-inf"), tl.float32)
-        for start in range(0, vocab, BLOCK):
-            at = start + n
-            highest = tl.maximum(highest, tl.load(base + at, mask=at < vocab, other=float("-inf")).to(tl.float32))
-        top = tl.max(highest, 0)
-        top = tl.where(top > float("-inf"), top, 0.0)
-        # What is impossible has no part in anything: id 0 of -inf excludes all of them.
-        bound, last = float("-inf"), 0
-        if limited:
-            bound, last = _kth(base, top_k, vocab, BLOCK, WIDE)
-        first_bound, first_last = bound, last
-        allowed = 1.0
-        if top_p < 1:
-            allowed = top_p * _mass(base, bound, last, bound, last, top, temperature, vocab, BLOCK)
-        seed = tl.load(seeds + slot)
-        low, high = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-        state = mix(mix(low ^ mix(high)) ^ tl.load(steps + slot).to(tl.uint32))
-        token, kept = 0, 0
-        while kept == 0:
-            best = tl.full((BLOCK,), float("-inf"), tl.float32)
-            where = tl.full((BLOCK,), 0x7FFFFFFF, tl.int32)
-            for start in range(0, vocab, BLOCK):
-                at = start + n
-                value = tl.load(base + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
-                uniform = (mix(state ^ at.to(tl.uint32)).to(tl.float32) + 0.5) * 2.3283064365386963e-10
-                noisy = value / temperature - tl.log(-tl.log(tl.minimum(uniform, 0.999999940395355)))
-                candidate = _ranks_before(value, at, bound, last) & (tl.exp((value - top) / temperature) >= min_p)
-                better = candidate & (noisy > best)
-                best, where = tl.where(better, noisy, best), tl.where(better, at, where)
-            token = tl.min(tl.where(best == tl.max(best, 0), where, 0x7FFFFFFF), 0)
-            kept = 1
-            # Nothing to draw from: logits of -inf alone. The plain draw stands.
-            if (token < vocab) & (top_p < 1):
-                drawn = tl.load(base + token).to(tl.float32)
-                before = _mass(base, drawn, token, first_bound, first_last, top, temperature, vocab, BLOCK)
-                if (before > 0) & (before >= allowed):
-                    bound, last, kept = drawn, token, 0
+    state = tl.load(states + row)
+    if state != DONE:
+        temperature, top_p, min_p, limited, _ = _settings(slots, temperatures, top_ks, top_ps, min_ps, row, vocab)
+        slot = tl.load(slots + row)
+        top_k, noise = tl.load(top_ks + slot), noise_state(tl.load(seeds + slot), tl.load(steps + slot))
+        base, token = logits + row.to(tl.int64) * stride, -1
+        if state == LISTED:
+            groups = parts * (PART // GROUP)
+            mine = listed + row * LIST
+            count = list_tokens(
+                base, maxima + row * groups, picked + row * groups, mine, groups, top_k, vocab, PARTS * PART // GROUP, GROUP, LIST, WIDE
+            )  # fmt: skip
+            if (count >= 0) & (count <= LIST):
+                token = draw_listed(base, mine, count, temperature, top_k, top_p, min_p, noise, LIST, WIDE)
+        else:
+            token = _draw_chained(sums, masses, tokens, row, parts, temperature, top_p, PARTS, MEMBERS)
+        if token == -1:
+            token = draw_slowly(base, temperature, top_k, top_p, min_p, limited, noise, vocab, PART, WIDE)
         if token < vocab:
-            tl.store(values + row * parts, float("inf"))
-            tl.store(ids + row * parts, token)
+            tl.store(values + row * drawn, float("inf"))
+            tl.store(ids + row * drawn, token)
 
 
 def draw_filtered(
@@ -158,16 +256,42 @@ def draw_filtered(
     steps: torch.Tensor,
     workspace: DrawWorkspace,
     pdl: bool = False,
-    block: int = BLOCK,
+    sizes: Sizes = SIZES,
 ) -> None:
-    """Put the draw of each row that has a filter in front of the candidates of the plain draw, which must be in `workspace`.
+    """Put the draw of each row that has a filter in front of the candidates that `draw` has left in `workspace`, or leave them.
 
-    logits: [rows, vocab], bf16 or float32; slots: int32 [rows]; temperatures, top_ps, min_ps: float32 [slots]; top_ks: int32
-    [slots], 0 for no limit; seeds: int64 [slots]; steps: int32 [slots]. Greedy rows and rows without filters stay as they are.
+    logits: [rows, vocab], bf16 or float32, the same that `draw` had; slots: int32 [rows]; temperatures, top_ps, min_ps: float32
+    [slots]; top_ks: int32 [slots], 0 for no limit; seeds: int64 [slots]; steps: int32 [slots]. Greedy rows and rows without
+    filters stay as they are. Capturable.
     """
     rows, vocab = logits.shape
-    extra = {"launch_pdl": True} if pdl else {}
-    _draw_filtered_kernel[(rows,)](
-        logits, slots, temperatures, top_ks, top_ps, min_ps, seeds, steps, workspace.values, workspace.ids, vocab, logits.stride(0),
-        workspace.parts, BLOCK=block, WIDE=logits.dtype is torch.float32, PDL=pdl, num_warps=16, **extra,
+    parts = triton.cdiv(vocab, sizes.part)
+
+    def room(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=logits.device)
+
+    groups, members = parts * sizes.part // sizes.group, (rows, parts, sizes.members)
+    maxima, sums, states = room(rows, groups), room(rows, parts, SUMS.value), room(rows, dtype=torch.int32)
+    picked, listed = room(rows, groups, dtype=torch.int32), room(rows, sizes.listed, dtype=torch.int32)
+    chain = (room(*members), room(*members), room(*members, dtype=torch.int32))
+    masses, tokens = room(*members), room(rows, sizes.members, dtype=torch.int32)
+    settings, plain = (logits, slots, temperatures, top_ks, top_ps, min_ps), (workspace.values, workspace.ids)
+    drawn, stride, wide = workspace.parts, logits.stride(0), logits.dtype is torch.float32
+    of_draw, of_row = triton.next_power_of_2(drawn), triton.next_power_of_2(parts)
+    extra = {"PART": sizes.part, "PDL": pdl} | ({"launch_pdl": True} if pdl else {})
+    # Few registers, so that the many programs that have nothing to do come and go quickly.
+    _survey_kernel[(parts, rows)](
+        *settings, *plain, maxima, sums, vocab, stride, drawn, GROUP=sizes.group, DRAWN=of_draw, num_warps=8, **extra
+    )  # fmt: skip
+    _narrow_kernel[(parts, rows)](
+        *settings, seeds, steps, *plain, sums, states, *chain, vocab, stride, drawn,
+        MEMBERS=sizes.members, PARTS=of_row, DRAWN=of_draw, num_warps=16, maxnreg=64, **extra,
+    )  # fmt: skip
+    _weigh_kernel[(parts, rows)](
+        logits, slots, temperatures, top_ps, sums, states, *chain, masses, tokens, vocab, stride,
+        MEMBERS=sizes.members, PARTS=of_row, num_warps=8, maxnreg=64, **extra,
+    )  # fmt: skip
+    _finish_kernel[(rows,)](
+        *settings, seeds, steps, *plain, maxima, sums, states, picked, listed, masses, tokens, vocab, stride, drawn, parts,
+        GROUP=sizes.group, LIST=sizes.listed, MEMBERS=sizes.members, PARTS=of_row, WIDE=wide, num_warps=16, maxnreg=64, **extra,
     )  # fmt: skip

@@ -23,6 +23,21 @@ def mix(x):
 
 
 @triton.jit
+def noise_state(seed, step):
+    """What the noise of a row at a step depends on. seed: int64; step: int32."""
+    low, high = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    return mix(mix(low ^ mix(high)) ^ step.to(tl.uint32))
+
+
+@triton.jit
+def gumbel(state, at):
+    """Gumbel noise of the tokens `at`: int32."""
+    uniform = (mix(state ^ at.to(tl.uint32)).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    # At most the largest float below one: its noise must stay finite.
+    return -tl.log(-tl.log(tl.minimum(uniform, 0.999999940395355)))
+
+
+@triton.jit
 def _best_kernel(
     logits, slots, temperatures, seeds, steps, values, ids, vocab, stride, parts,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
@@ -44,14 +59,11 @@ def _best_kernel(
             better = value > best
             best, where = tl.where(better, value, best), tl.where(better, at, where)
     else:
-        seed = tl.load(seeds + slot)
-        low, high = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-        state = mix(mix(low ^ mix(high)) ^ tl.load(steps + slot).to(tl.uint32))
+        state = noise_state(tl.load(seeds + slot), tl.load(steps + slot))
         for start in range(0, CHUNK, BLOCK):
             at = part * CHUNK + start + n
             value = tl.load(base + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
-            uniform = (mix(state ^ at.to(tl.uint32)).to(tl.float32) + 0.5) * 2.3283064365386963e-10
-            value = value / temperature - tl.log(-tl.log(tl.minimum(uniform, 0.999999940395355)))
+            value = value / temperature + gumbel(state, at)
             better = value > best
             best, where = tl.where(better, value, best), tl.where(better, at, where)
     top = tl.max(best, 0)
@@ -89,23 +101,6 @@ class DrawWorkspace:
         self.parts = triton.cdiv(vocab, CHUNK)
         self.values = torch.empty(rows * self.parts, dtype=torch.float32, device=device)
         self.ids = torch.empty(rows * self.parts, dtype=torch.int32, device=device)
-
-
-def draw_and_advance(
-    logits: torch.Tensor,
-    slots: torch.Tensor,
-    tokens: torch.Tensor,
-    positions: torch.Tensor,
-    steps: torch.Tensor,
-    temperatures: torch.Tensor,
-    seeds: torch.Tensor,
-    ring: torch.Tensor,
-    workspace: DrawWorkspace,
-    pdl: bool = False,
-) -> None:
-    """Draw one token per row and make it the slot's last token: `draw`, then `advance`."""
-    draw(logits, slots, temperatures, seeds, steps, workspace, pdl)
-    advance(workspace.values, workspace.ids, workspace.parts, slots, tokens, positions, steps, ring, pdl)
 
 
 def draw(
