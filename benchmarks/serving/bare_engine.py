@@ -5,7 +5,6 @@ Used by overhead.py. Lives as long as its standard input; one line of JSON per m
 
 import json
 import socket
-import struct
 import subprocess
 import tempfile
 import time
@@ -17,8 +16,6 @@ from front_end import AS_RAY
 from altiplano.serve import messages as m
 from altiplano.serve.engine_client import COMMAND, engine_settings
 from altiplano.serve.settings import ServeSettings
-
-_LENGTH = struct.Struct("<I")
 
 
 class BareEngine:
@@ -57,7 +54,7 @@ class BareEngine:
         return {"seconds": time.perf_counter() - started, "tokens": tokens, "ttft_s": list(first.values())}
 
     def _read(self) -> m.Report:
-        (length,) = _LENGTH.unpack(self._reader.read(_LENGTH.size))
+        (length,) = m.LENGTH.unpack(self._reader.read(m.LENGTH.size))
         report: m.Report = m.decode_report(self._reader.read(length))
         return report
 

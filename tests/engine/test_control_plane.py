@@ -73,6 +73,16 @@ requests = st.lists(
 )
 
 
+def add_all(scheduler: Scheduler, wanted: list[tuple[int, int, int, bool]]) -> dict[str, Request]:
+    """Requests by their ids, which wait in the scheduler."""
+    live = {}
+    for number, (length, answer, priority, common) in enumerate(wanted):
+        prompt = [0 if common else number + 1] * length
+        live[str(number)] = Request(str(number), length, prompt, SamplingParams(max_tokens=answer), 0, number, priority=priority)
+        scheduler.add(live[str(number)])
+    return live
+
+
 @settings(deadline=None)
 @given(requests, st.integers(1, 9), st.integers(11, 30), st.integers(1, 4), st.booleans())
 def test_every_request_ends_within_budget_and_without_leaks(
@@ -80,11 +90,7 @@ def test_every_request_ends_within_budget_and_without_leaks(
 ) -> None:
     pool = PagePool(num_pages)
     scheduler = Scheduler(pool, RadixIndex(pool, BLOCK) if caching else None, BLOCK, slots, budget)
-    live = {}
-    for number, (length, answer, priority, common) in enumerate(wanted):
-        prompt = [0 if common else number + 1] * length
-        live[str(number)] = Request(str(number), length, prompt, SamplingParams(max_tokens=answer), 0, number, priority=priority)
-        scheduler.add(live[str(number)])
+    live = add_all(scheduler, wanted)
     for _ in range(5000):
         if not live:
             break
@@ -122,11 +128,7 @@ def test_guesses_and_a_limit_for_prompts_break_no_budget_and_starve_nobody(
     scheduler = Scheduler(
         pool, RadixIndex(pool, BLOCK) if caching else None, BLOCK, slots, budget, guess=guess, prompt_limit=lambda decodes: limit
     )
-    live = {}
-    for number, (length, answer, priority, common) in enumerate(wanted):
-        prompt = [0 if common else number + 1] * length
-        live[str(number)] = Request(str(number), length, prompt, SamplingParams(max_tokens=answer), 0, number, priority=priority)
-        scheduler.add(live[str(number)])
+    live = add_all(scheduler, wanted)
     for _ in range(5000):
         if not live:
             break

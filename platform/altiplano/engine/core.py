@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from altiplano.engine.checks import check_length, check_loaded, check_prompt, check_unused
 from altiplano.engine.config import EngineConfig
 from altiplano.engine.drafting import DraftProposer
-from altiplano.engine.errors import AdapterError, EngineAsleepError, EngineError, PromptTooLongError, UnknownAdapterError
+from altiplano.engine.errors import AdapterError, EngineAsleepError, EngineError
 from altiplano.engine.guessing import LookupProposer, Payoff, Payoffs, Proposer, Wants
 from altiplano.engine.outputs import Completion, EngineStats, TokenOutput
 from altiplano.engine.pages import PagePool
@@ -172,10 +173,8 @@ class Engine:
             UnknownAdapterError: there is none of that name.
             AdapterError: requests still use it.
         """
-        if name not in self._adapters:
-            raise UnknownAdapterError(f"no adapter {name!r} is loaded; loaded: {', '.join(self.adapters) or 'none'}")
-        if any(request.adapter == name for request in self._requests.values()):
-            raise AdapterError(f"adapter {name!r} is in use by running requests: wait for them or abort them")
+        check_loaded(name, self._adapters)
+        check_unused(name, (request.adapter for request in self._requests.values()))
         self.runner.unload_adapter(name)
         del self._adapters[name]
         self._forget(name)
@@ -286,24 +285,16 @@ class Engine:
 
     def _check(self, request_id: str, prompt: Sequence[int], params: SamplingParams, adapter: str | None) -> None:
         self._check_awake()
-        if request_id in self._requests:
-            raise ValueError(f"request id {request_id!r} is in use: give every request its own")
-        if not prompt:
-            raise ValueError("the prompt is empty: give at least one token")
+        check_prompt(request_id, self._requests, prompt)
         if min(prompt) < 0 or max(prompt) >= self.runner.vocab_size:
             raise ValueError(
                 f"the prompt has token ids outside 0 … {self.runner.vocab_size - 1}: it was made with another tokenizer"
             )
-        limit = self.config.max_model_len
-        if len(prompt) + params.max_tokens > limit:
-            raise PromptTooLongError(
-                f"{len(prompt)} prompt tokens and max_tokens {params.max_tokens} are more than the context of {limit}: shorten one of them"
-            )
+        check_length(len(prompt), params.max_tokens, self.config.max_model_len)
         bad = [token for token in params.logit_bias or {} if not 0 <= token < self.runner.vocab_size]
         if bad:
             raise ValueError(f"logit_bias names token ids {bad} outside 0 … {self.runner.vocab_size - 1}")
-        if adapter is not None and adapter not in self._adapters:
-            raise UnknownAdapterError(f"no adapter {adapter!r} is loaded; loaded: {', '.join(self.adapters) or 'none'}")
+        check_loaded(adapter, self._adapters)
 
     def _prompt_limit(self, decodes: int) -> int:
         assert self.config.itl_target_ms is not None

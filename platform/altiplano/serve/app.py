@@ -1,6 +1,7 @@
 """The HTTP application: routes, limits, errors."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -14,7 +15,6 @@ from altiplano.serve.changes import add_changes
 from altiplano.serve.connection import Connection
 from altiplano.serve.engine_client import EngineDiedError
 from altiplano.serve.errors import ApiError
-from altiplano.serve.experiment import Experiment
 from altiplano.serve.experiment_routes import add_experiment
 from altiplano.serve.forward import Forward
 from altiplano.serve.gate import Gate
@@ -27,6 +27,7 @@ from altiplano.serve.routes import undeclared
 from altiplano.serve.sleeping import add_sleeping
 
 HEALTH_TIMEOUT_S = 10.0
+T = TypeVar("T")
 
 
 def create_app(make_generator: Callable[[], Generator], governance: Governance | None = None) -> FastAPI:
@@ -41,22 +42,13 @@ def create_app(make_generator: Callable[[], Generator], governance: Governance |
     app = FastAPI(title="Altiplano", version=__version__, docs_url=None, redoc_url=None)
 
     def weights_of(model: str) -> str | None:
-        try:
-            generator = make_generator()
-            # While a model is tested every request is computed: answers from memory would make an arm look faster than it is.
-            return None if generator.experiment.divides(model) else generator.weights_of(model)
-        except ApiError:
-            return None
-
-    def experiment() -> Experiment | None:
-        try:
-            return make_generator().experiment
-        except ApiError:
-            return None
+        generator = make_generator()
+        # While a model is tested every request is computed: answers from memory would make an arm look faster than it is.
+        return None if generator.experiment.divides(model) else generator.weights_of(model)
 
     # The last one added is the outermost.
-    app.add_middleware(Forward, find=experiment)
-    app.add_middleware(Replay, governance=governance, weights_of=weights_of)
+    app.add_middleware(Forward, find=lambda: _unless_refused(lambda: make_generator().experiment))
+    app.add_middleware(Replay, governance=governance, weights_of=lambda model: _unless_refused(lambda: weights_of(model)))
     app.add_middleware(Connection, governance=governance)
     app.add_middleware(Gate, governance=governance)
 
@@ -99,3 +91,11 @@ def create_app(make_generator: Callable[[], Generator], governance: Governance |
     if missing:
         raise RuntimeError(f"routes without a scope: add {', '.join(missing)} to TABLE in serve/routes.py")
     return app
+
+
+def _unless_refused(look: Callable[[], T]) -> T | None:
+    """What `look` finds; None while the engine starts, and for what it does not have."""
+    try:
+        return look()
+    except ApiError:
+        return None

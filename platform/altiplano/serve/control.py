@@ -53,6 +53,8 @@ class ServeControl:
     def __init__(self, dashboard_url: str, token: str | None, endpoint_url: str | None = None) -> None:
         self._url = dashboard_url.rstrip("/") + PATH
         self._endpoint_url = None if endpoint_url is None else endpoint_url.rstrip("/").removesuffix("/v1")
+        # httpx reads the certificates of this machine for every request that brings no context, and this one polls.
+        self._tls = httpx.create_ssl_context()
         self._headers = {"authorization": f"Bearer {token}"} if token else {}
 
     def status(self) -> dict[str, Any]:
@@ -192,7 +194,7 @@ class ServeControl:
     def _told(self, status: dict[str, Any], change: str) -> list[dict[str, Any]]:
         """What replicas tell about a change; nothing while the one that is asked does not know it."""
         try:
-            response = httpx.get(f"{self._address(status)}/v1/changes/{change}", timeout=REPLICA_TIMEOUT_S)
+            response = httpx.get(f"{self._address(status)}/v1/changes/{change}", timeout=REPLICA_TIMEOUT_S, verify=self._tls)
             return list(response.json()["replicas"]) if response.status_code == 200 else []
         except (httpx.HTTPError, ValueError, KeyError):
             return []
@@ -227,7 +229,9 @@ class ServeControl:
 
     def _request(self, method: str, body: Any = None) -> httpx.Response:
         try:
-            response = httpx.request(method, self._url, headers=self._headers, json=body, timeout=ANSWER_TIMEOUT_S)
+            response = httpx.request(
+                method, self._url, headers=self._headers, json=body, timeout=ANSWER_TIMEOUT_S, verify=self._tls
+            )
         except httpx.HTTPError as error:
             raise ControlError(f"Ray's dashboard does not answer at {self._url} ({error}): is the cluster running?") from error
         if response.status_code in (401, 403):

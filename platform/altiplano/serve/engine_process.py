@@ -7,7 +7,6 @@ import json
 import os
 import queue
 import socket
-import struct
 import sys
 import threading
 from collections.abc import Callable
@@ -23,8 +22,6 @@ from altiplano.serve import grammar_worker as w
 from altiplano.serve import messages as m
 from altiplano.serve.grammars import Gone, Grammars
 from altiplano.serve.grammars import Report as GrammarReport
-
-_LENGTH = struct.Struct("<I")
 
 
 class _Where(TypedDict):
@@ -158,7 +155,7 @@ class Loop:
     def _read(self) -> None:
         try:
             while True:
-                (length,) = _LENGTH.unpack(_exactly(self._connection, _LENGTH.size))
+                (length,) = m.LENGTH.unpack(_exactly(self._connection, m.LENGTH.size))
                 self._inbox.put(m.decode_command(_exactly(self._connection, length)))
         except (OSError, EOFError):
             self._inbox.put(None)

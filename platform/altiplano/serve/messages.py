@@ -7,7 +7,7 @@ import msgspec
 
 from altiplano.engine.steps import Histogram, StepRecord
 
-_LENGTH = struct.Struct("<I")
+LENGTH = struct.Struct("<I")  # of a message, in front of it
 MAX_MESSAGE = 64 << 20
 
 
@@ -148,7 +148,7 @@ decode_report = msgspec.msgpack.Decoder(Report).decode
 def frame(message: Command | Report) -> bytes:
     """A message with its length in front."""
     body = encode(message)
-    return _LENGTH.pack(len(body)) + body
+    return LENGTH.pack(len(body)) + body
 
 
 async def read_frame(stream: asyncio.StreamReader) -> bytes:
@@ -158,7 +158,7 @@ async def read_frame(stream: asyncio.StreamReader) -> bytes:
         asyncio.IncompleteReadError: the other side is gone.
         ValueError: a length that no message of ours has.
     """
-    (length,) = _LENGTH.unpack(await stream.readexactly(_LENGTH.size))
+    (length,) = LENGTH.unpack(await stream.readexactly(LENGTH.size))
     if length > MAX_MESSAGE:
         raise ValueError(f"a message of {length} bytes is larger than {MAX_MESSAGE}")
     return await stream.readexactly(length)

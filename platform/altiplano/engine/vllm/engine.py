@@ -13,8 +13,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from altiplano.engine.checks import check_length, check_loaded, check_prompt, check_unused
 from altiplano.engine.config import EngineConfig, read_config
-from altiplano.engine.errors import AdapterError, EngineError, PromptTooLongError, UnknownAdapterError
+from altiplano.engine.errors import AdapterError, EngineError
 from altiplano.engine.outputs import EngineStats, TokenOutput
 from altiplano.engine.params import SamplingParams
 from altiplano.engine.steps import StepLog
@@ -91,7 +92,9 @@ class VllmEngine:
         Raises:
             ValueError: what our own engine refuses, or vLLM does.
         """
-        self._check(request_id, prompt_token_ids, params, adapter)
+        check_prompt(request_id, self._requests, prompt_token_ids)
+        check_length(len(prompt_token_ids), params.max_tokens, self.config.max_model_len, least=1)
+        check_loaded(adapter, self._adapters)
         if not self._requests:
             self.step_log.idle()
         settings = sampling_params(params, grammar)
@@ -150,7 +153,7 @@ class VllmEngine:
         Raises:
             AdapterError: it is in use, of a kind that vLLM does not run, or vLLM refuses it.
         """
-        self._check_idle(name)
+        self._check_unused(name)
         _check_kind(directory)
         # Its id is new, so cached prefixes of a predecessor of the same name are not hit.
         adapter = self._lora.LoRARequest(lora_name=name, lora_int_id=next(self._numbers), lora_path=str(directory))
@@ -172,9 +175,8 @@ class VllmEngine:
             UnknownAdapterError: there is none of that name.
             AdapterError: requests still use it.
         """
-        if name not in self._adapters:
-            raise UnknownAdapterError(f"no adapter {name!r} is loaded; loaded: {', '.join(self.adapters) or 'none'}")
-        self._check_idle(name)
+        check_loaded(name, self._adapters)
+        self._check_unused(name)
         self._engine.remove_lora(self._adapters.pop(name).lora_int_id)
 
     @property
@@ -217,6 +219,9 @@ class VllmEngine:
             step_seconds=self._seconds,
         )
 
+    def _check_unused(self, adapter: str) -> None:
+        check_unused(adapter, (request.adapter for request in self._requests.values()))
+
     def _take(self, request: _Request, output: Any) -> list[TokenOutput]:
         """A RequestOutput of kind DELTA as our outputs, one for each token."""
         (completion,) = output.outputs
@@ -243,23 +248,6 @@ class VllmEngine:
             news[0] = replace(news[0], num_cached_tokens=cached, queue_seconds=_queued(output), **first)
         news[-1] = replace(news[-1], finish_reason=reason)
         return news
-
-    def _check(self, request_id: str, prompt: Sequence[int], params: SamplingParams, adapter: str | None) -> None:
-        if request_id in self._requests:
-            raise ValueError(f"request id {request_id!r} is in use: give every request its own")
-        if not prompt:
-            raise ValueError("the prompt is empty: give at least one token")
-        limit = self.config.max_model_len
-        if len(prompt) + max(1, params.max_tokens) > limit:
-            raise PromptTooLongError(
-                f"{len(prompt)} prompt tokens and max_tokens {params.max_tokens} are more than the context of {limit}: shorten one of them"
-            )
-        if adapter is not None and adapter not in self._adapters:
-            raise UnknownAdapterError(f"no adapter {adapter!r} is loaded; loaded: {', '.join(self.adapters) or 'none'}")
-
-    def _check_idle(self, name: str) -> None:
-        if any(request.adapter == name for request in self._requests.values()):
-            raise AdapterError(f"adapter {name!r} is in use by running requests: wait for them or abort them")
 
 
 def _check_kind(directory: Path) -> None:

@@ -1,0 +1,46 @@
+"""What every engine refuses, in the same words."""
+
+from collections.abc import Collection, Iterable, Sequence
+
+from altiplano.engine.errors import AdapterError, PromptTooLongError, UnknownAdapterError
+
+
+def check_prompt(request_id: str, in_use: Collection[str], prompt: Sequence[int]) -> None:
+    """
+    Raises:
+        ValueError: an id that is in use, or an empty prompt.
+    """
+    if request_id in in_use:
+        raise ValueError(f"request id {request_id!r} is in use: give every request its own")
+    if not prompt:
+        raise ValueError("the prompt is empty: give at least one token")
+
+
+def check_length(prompt_len: int, max_tokens: int, max_model_len: int, least: int = 0) -> None:
+    """`least`: tokens that are drawn however few are asked for.
+
+    Raises:
+        PromptTooLongError: prompt and answer do not fit into the context.
+    """
+    if prompt_len + max(least, max_tokens) > max_model_len:
+        raise PromptTooLongError(
+            f"{prompt_len} prompt tokens and max_tokens {max_tokens} are more than the context of {max_model_len}: shorten one of them"
+        )
+
+
+def check_loaded(adapter: str | None, adapters: Collection[str]) -> None:
+    """
+    Raises:
+        UnknownAdapterError: `adapter` is none of the loaded ones.
+    """
+    if adapter is not None and adapter not in adapters:
+        raise UnknownAdapterError(f"no adapter {adapter!r} is loaded; loaded: {', '.join(sorted(adapters)) or 'none'}")
+
+
+def check_unused(adapter: str, used: Iterable[str | None]) -> None:
+    """
+    Raises:
+        AdapterError: `adapter` is among those that requests use.
+    """
+    if adapter in used:
+        raise AdapterError(f"adapter {adapter!r} is in use by running requests: wait for them or abort them")
