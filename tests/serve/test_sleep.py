@@ -135,12 +135,23 @@ def test_abort_ends_them_with_an_error(guarded: Guarded, admin: httpx.Client, po
         with guarded.stopped():
             asked = under_way(guarded, admin, pool, 9)
             sleeping = pool.submit(admin.post, "/sleep", params={"mode": "abort", "level": 2})
-            refused = asked.result()
-        rest = list(filter(None, lines))
+            guarded.until(lambda: bool(guarded.generator.client.sleep_level))
+        refused, rest = asked.result(), list(filter(None, lines))
     assert refused.status_code == 503 and refused.json()["error"]["code"] == "engine_asleep"
     assert rest[-1] == "data: [DONE]" and "was put to sleep before the answer was complete" in rest[-2]
     assert sleeping.result().json()["replicas"][0]["level"] == 2
     assert engine_stats(guarded)["num_running"] == 0
+
+
+def test_an_engine_that_cannot_sleep_aborts_nobody(guarded: Guarded, admin: httpx.Client, pool: ThreadPoolExecutor) -> None:
+    with guarded.stopped():
+        asked = under_way(guarded, admin, pool, 1)
+        # No such level: the route would have refused it.
+        sleeping = asyncio.run_coroutine_threadsafe(guarded.generator.client.sleep(3, "abort"), guarded.loop)
+        guarded.until(lambda: bool(guarded.generator.client.sleep_level))
+    with pytest.raises(RefusedError, match="sleep level 3 is unknown"):
+        sleeping.result()
+    assert asked.result().json()["choices"][0]["finish_reason"] == "length" and answer(admin)
 
 
 def test_waking_up_takes_back_a_sleep_that_still_waits(guarded: Guarded, admin: httpx.Client, pool: ThreadPoolExecutor) -> None:
@@ -257,8 +268,8 @@ def test_a_test_of_models_takes_sleep_for_nobodys_failure(
             asked = pool.submit(admin.post, "/v1/completions", json=tested)
             guarded.until(lambda: len(guarded.generator.client._streams) == 9)
             sleeping = pool.submit(admin.post, "/sleep", params={"mode": "abort"})
-            assert asked.result().status_code == 503
-        assert "engine_asleep" in "".join(lines)
+            guarded.until(lambda: bool(guarded.generator.client.sleep_level))
+        assert asked.result().status_code == 503 and "engine_asleep" in "".join(lines)
     assert sleeping.result().status_code == 200
     assert admin.post("/v1/completions", json=CHAMPION).status_code == 503
     assert admin.get("/v1/ab").json()["arms"] == {}

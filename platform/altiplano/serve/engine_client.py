@@ -217,9 +217,6 @@ class EngineClient:
         if mode is None and self._streams:
             raise RefusedError(f"{len(self._streams)} answers are under way: wait for them (mode=wait), or end them (mode=abort)")
         self.sleep_level = self.sleep_level or level
-        if mode == "abort":
-            for stream in self._streams.values():
-                stream.news.put_nowait(AsleepError("the engine was put to sleep before the answer was complete"))
         await self._turn(self._fall_asleep(level, mode == "abort"))
 
     async def wake_up(self) -> None:
@@ -322,10 +319,14 @@ class EngineClient:
                     stream.watch.waited(seconds)
             for token in report.tokens:
                 stream = self._streams.get(token.request_id)
-                if stream is not None:
-                    if stream.watch is not None:
-                        stream.watch.saw(token)
-                    stream.news.put_nowait(token)
+                if stream is None:
+                    continue
+                if self.sleep_level and token.finish_reason == "abort":
+                    stream.news.put_nowait(AsleepError("the engine was put to sleep before the answer was complete"))
+                    continue
+                if stream.watch is not None:
+                    stream.watch.saw(token)
+                stream.news.put_nowait(token)
         elif isinstance(report, m.Refused):
             stream = self._streams.get(report.request_id)
             if stream is not None:
