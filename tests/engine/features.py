@@ -27,6 +27,7 @@ FEATURES = (
     ),
     Feature("priorities", "the last to come goes first"),
     Feature("abort", "a neighbour leaves in mid-answer"),
+    Feature("sleep", "once between two runs, and the weights are loaded again"),
     Feature("speculation", "guesses at the next tokens, every third of them wrong", settings={"num_speculative_tokens": 4}),
     Feature("draft model", "another model guesses, and is often wrong", settings={"num_speculative_tokens": 3}),
     Feature(

@@ -221,6 +221,11 @@ def test_two_features_together(world: World, pair: tuple[Feature, Feature]) -> N
         told = run(engine, names, params, adapters, "")
         # Scores of a prompt need its logits, so it is computed again.
         assert (engine.stats().cached_tokens > before) == (not params.prompt_logprobs)
+    if "sleep" in names:
+        engine.sleep(2)
+        assert engine.stats().kv_cache_usage == 0
+        engine.wake_up()
+        told = run(engine, names, params, adapters, "")
     if "preemption" in names:
         assert engine.stats().preemptions > 0
     for answer, wanted in zip(told, expected, strict=True):

@@ -18,8 +18,8 @@ from .test_runner import make, prompts, random_checkpoint  # noqa: E402
 ASKED = prompts(12, 1, 300)
 GREEDY = SamplingParams(max_tokens=37, temperature=0.0, ignore_eos=True)
 SEEDED = SamplingParams(max_tokens=37, temperature=0.8, top_p=0.9, seed=11, ignore_eos=True)
-# What else a sleeping engine may hold: slots, workspaces, segments that the allocator keeps.
-REST = 96 << 20
+# What else a sleeping engine may hold: slots, workspaces, compiled kernels, segments that the allocator keeps.
+REST = 256 << 20
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_the_memory_is_free_for_others(checkpoint: Path, level: int) -> None:
     del other
     torch.cuda.empty_cache()
     engine.wake_up()
-    assert abs(free() - awake) < REST and said(engine) == before
+    assert said(engine) == before and abs(free() - awake) < REST
 
 
 @pytest.mark.parametrize("level", [1, 2])

@@ -326,6 +326,7 @@ def test_ray_serve_is_not_confused(guarded: Guarded, admin: httpx.Client, monkey
             admin.post("/sleep", timeout=0.2)
         assert client.turning
         guarded.run(endpoint.check_health(found))
+        assert admin.get("/health").status_code == 200
     guarded.until(lambda: not client.turning)
     guarded.run(endpoint.check_health(SimpleNamespace(_patience_s=60)))
     assert client.restarts == restarts and guarded.run(endpoint.record_autoscaling_stats(found)) == {}

@@ -71,9 +71,11 @@ def create_app(make_generator: Callable[[], Generator], governance: Governance |
 
     @app.get("/health")
     async def health() -> Response:
-        """200 while the engine answers within seconds."""
+        """200 while the engine answers within seconds, or loads or copies weights to fall asleep or to wake up."""
+        client = make_generator().client
         try:
-            await make_generator().client.stats(HEALTH_TIMEOUT_S)
+            if not client.turning:
+                await client.stats(HEALTH_TIMEOUT_S)
         except (TimeoutError, EngineDiedError) as error:
             return ApiError(503, f"the engine does not answer ({error})", retry_after=2).response()
         return JSONResponse({"status": "ok"})
