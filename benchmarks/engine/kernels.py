@@ -292,10 +292,12 @@ def eight_bit_product(model: str, name: str, kind: torch.dtype, rows: int, n: in
     raw = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
     x = w8a8.quantize_rows(raw, kind)
     wanted = w8a8_reference.linear(*x, *weights[0])
+    # What a norm follows may stay in parts.
+    chosen = w8a8.choose_split(rows, n, k) if name in ("o", "down") else w8a8.choose_tiling(rows, n)
     times: dict[w8a8.Tiling, float] = {}
-    for tiling in {w8a8.FEW, w8a8.SOME, w8a8.MANY, w8a8.Tiling(128, 256, 128, 3, 8), w8a8.Tiling(64, 128, 128, 4, 4)}:
+    for tiling in {chosen, *tilings_of(rows, name)}:
         try:
-            times[tiling] = graph_ms(lambda i, tiling=tiling: w8a8.linear(x, weights[i], tiling))
+            times[tiling] = graph_ms(lambda i, tiling=tiling: w8a8.linear_parts(x, weights[i], tiling, True))
         except Exception as failure:
             say(kernel="w8a8", failed=repr(failure)[:100], tiling=tiling)
     best = min(times, key=lambda tiling: times[tiling])
@@ -310,7 +312,9 @@ def eight_bit_product(model: str, name: str, kind: torch.dtype, rows: int, n: in
         error_of_quantizing=error_of(wanted, raw.double() @ plain[0].double().T),
         us=round(ms * 1e3, 1),
         tiling=best,
-        chosen_us=round(times.get(w8a8.choose_tiling(rows), float("nan")) * 1e3, 1),
+        chosen=chosen,
+        chosen_us=round(times.get(chosen, float("nan")) * 1e3, 1),
+        all={" ".join(map(str, tiling)): round(one * 1e3, 1) for tiling, one in sorted(times.items(), key=lambda item: item[1])},
         bf16_us=round(graph_ms(lambda i: raw @ plain[i].T) * 1e3, 1),
         megabytes=round((n * k + rows * (k + 2 * n)) / 1e6, 2),
         percent_of_copy=round(100 * (n * k + rows * (k + 2 * n)) / ms / 1e9 / COPY_TBPS, 1),
@@ -319,16 +323,40 @@ def eight_bit_product(model: str, name: str, kind: torch.dtype, rows: int, n: in
     )
 
 
+def tilings_of(rows: int, name: str) -> list[w8a8.Tiling]:
+    """What may be best for so many rows."""
+    few = w8a8.FEW
+    if rows <= 16:
+        found = [few, few._replace(swapped=False), few._replace(depth=128, stages=6), w8a8.NARROW, w8a8.SOME]
+    elif rows <= 256:
+        narrow, many = w8a8.NARROW, w8a8.MANY
+        found = [
+            few._replace(rows=32),
+            narrow,
+            narrow._replace(depth=128, stages=5),
+            w8a8.SOME,
+            w8a8.Tiling(64, 128, 128, 4, 4),
+            many,
+        ]
+    else:
+        found = [w8a8.SOME, w8a8.MANY, w8a8.Tiling(128, 256, 128, 3, 8)]
+    splits = (1,) if name in ("qkv", "gate_up") or rows > 256 else (1, 2, 4, 8) if name == "down" else (1, 2, 4)
+    return [tiling._replace(splits=count) for tiling in found for count in splits]
+
+
 def codes_of_rows(model: str, kind: torch.dtype, rows: int) -> None:
     hidden, wide = SHAPES[model][:2]
     weight = torch.ones(hidden, device="cuda", dtype=torch.bfloat16)
     x, residual = (torch.randn(rows, hidden, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     gate_up = torch.randn(rows, 2 * wide, device="cuda", dtype=torch.bfloat16)
     makers: dict[str, tuple[Callable[[int], object], int]] = {
-        "add_norm": (lambda i: w8a8.add_norm(x, residual, weight, 1e-5, kind), 7 * rows * hidden),
-        "swiglu": (lambda i: w8a8.swiglu(gate_up, kind), 5 * rows * wide),
-        "quantize": (lambda i: w8a8.quantize_rows(x, kind), 3 * rows * hidden),
+        "add_norm": (lambda i: w8a8.add_norm(x, residual, weight, 1e-5, kind, True), 7 * rows * hidden),
+        "swiglu": (lambda i: w8a8.swiglu(gate_up, kind, True), 5 * rows * wide),
+        "quantize": (lambda i: w8a8.quantize_rows(x, kind, True), 3 * rows * hidden),
     }
+    if rows <= 256:
+        parts = torch.randn(4, rows, hidden, device="cuda")
+        makers["add_norm of 4 parts"] = (lambda i: w8a8.add_norm(parts, residual, weight, 1e-5, kind, True), 21 * rows * hidden)
     for name, (make, moved) in makers.items():
         ms = graph_ms(make)
         percent = round(100 * moved / ms / 1e9 / COPY_TBPS, 1)

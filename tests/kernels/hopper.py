@@ -59,19 +59,31 @@ def loras() -> None:
 
 def eight_bits() -> None:
     for name, kind, largest in (("fp8", "*fp8e4nv", 448.0), ("int8", "*i8", 127.0)):
-        options = {"LARGEST": largest, "WHOLE": name == "int8", "INTERPRETED": False}
+        options = {"LARGEST": largest, "WHOLE": name == "int8", "INTERPRETED": False, "PDL": True}
         types = {
             w8a8._quantize_kernel: f"*bf16 {kind} *fp32 i32 i32",
-            w8a8._add_norm_kernel: f"*bf16 *bf16 *bf16 {kind} *fp32 fp32 i32",
             w8a8._swiglu_kernel: f"*bf16 {kind} *fp32 i32",
         }
         for kernel, given in types.items():
             compile_kernel(f"w8a8{kernel.__name__}-{name}", kernel, given, {"PAD": 2048, **options}, 8)
-        for tiling in (w8a8.FEW, w8a8.SOME, w8a8.MANY):
-            sizes = {"K": 2048, "ROWS": tiling.rows, "COLUMNS": tiling.columns, "DEPTH": tiling.depth, "STAGES": tiling.stages}
-            constants = {**sizes, "WHOLE": name == "int8", "INTERPRETED": False}
-            given = f"{kind} *fp32 {kind} *fp32 *bf16 i32 i32"
-            compile_kernel(f"w8a8-linear-{name}-{tiling.rows}", w8a8._linear_kernel, given, constants, tiling.warps)
+        for x, splits in (("*bf16", 1), ("*fp32", 4)):
+            given = f"{x} *bf16 *bf16 {kind} *fp32 fp32 i32 i32"
+            compile_kernel(
+                f"w8a8_add_norm-{name}-{splits}", w8a8._add_norm_kernel, given, {"PAD": 2048, "SPLITS": splits, **options}, 8
+            )
+        for tiling in (w8a8.FEW, w8a8.NARROW, w8a8.SOME, w8a8.MANY):
+            for splits, out in ((1, "*bf16"), (4, "*fp32")):
+                sizes = {
+                    "K": 2048,
+                    "ROWS": tiling.rows,
+                    "COLUMNS": tiling.columns,
+                    "DEPTH": tiling.depth,
+                    "STAGES": tiling.stages,
+                }
+                rest = {"SPLITS": splits, "SWAPPED": tiling.swapped, "WHOLE": name == "int8", "INTERPRETED": False, "PDL": True}
+                given = f"{kind} *fp32 {kind} *fp32 {out} i32 i32 i32"
+                label = f"w8a8-linear-{name}-{tiling.rows}x{tiling.columns}-{splits}"
+                compile_kernel(label, w8a8._linear_kernel, given, {**sizes, **rest}, tiling.warps)
 
 
 def draws() -> None:

@@ -57,7 +57,9 @@ def test_norm_and_swiglu_leave_codes_of_what_they_compute(kind: torch.dtype, hid
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tiling", [kernel.Tiling(16, 32, 64, 2, 4), kernel.Tiling(32, 64, 128, 2, 4)])
+@pytest.mark.parametrize(
+    "tiling", [kernel.Tiling(16, 32, 64, 2, 4), kernel.Tiling(128, 64, 128, 2, 8), kernel.Tiling(16, 64, 64, 2, 4, swapped=True)]
+)
 def test_products_of_codes(kind: torch.dtype, tiling: kernel.Tiling) -> None:
     torch.manual_seed(1)
     for rows, n, k in ((1, 48, 96), (9, 64, 128), (40, 80, 200)):
@@ -79,5 +81,42 @@ def test_quantized_products_are_close_to_bf16(kind: torch.dtype) -> None:
     assert float((found - wanted).norm() / wanted.norm()) < (0.015 if kind is torch.int8 else 0.06)
 
 
-def test_the_choice_of_tiles_fits_all_batches() -> None:
-    assert [kernel.choose_tiling(rows).rows for rows in (1, 16, 17, 128, 129, 8192)] == [16, 16, 64, 64, 128, 128]
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tiling", [kernel.Tiling(16, 64, 32, 2, 4, 4, True), kernel.Tiling(64, 32, 64, 2, 4, 2)])
+def test_a_norm_adds_the_parts_of_a_product(kind: torch.dtype, tiling: kernel.Tiling) -> None:
+    """As if the product had been whole, but for roundings of one in 2^16."""
+    torch.manual_seed(3)
+    for rows, n, k in ((1, 64, 256), (20, 96, 200)):
+        x = kernel.Codes(*reference.quantize_rows(bf16(rows, k), kind))
+        w = kernel.Codes(*reference.quantize_rows(bf16(n, k, spread=0.05), kind))
+        parts = kernel.linear_parts(x, w, tiling)
+        assert parts.shape == (tiling.splits, rows, n) and parts.dtype is torch.float32
+        wanted = reference.linear(*x, *w)
+        assert float((parts.double().sum(0) - wanted).norm() / wanted.norm()) < 1e-5
+        residual, weight = bf16(rows, n, spread=4.0), 1 + bf16(n, spread=0.2)
+        normed, total = add_rms_norm(wanted.bfloat16(), residual, weight, 1e-5)
+        codes = values(kernel.add_norm(parts, residual, weight, 1e-5, kind))
+        assert float((residual.double() - total.double()).abs().max() / total.double().abs().max()) < 2**-7
+        largest = normed.double().abs().amax(-1, keepdim=True)
+        assert bool(((codes - normed.double()).abs() <= (STEP[kind] + BEFORE) * largest).all())
+
+
+def test_a_product_that_is_not_worth_splitting_is_one_part() -> None:
+    torch.manual_seed(4)
+    x = kernel.Codes(*reference.quantize_rows(bf16(3, 64), torch.int8))
+    w = kernel.Codes(*reference.quantize_rows(bf16(32, 64), torch.int8))
+    parts = kernel.linear_parts(x, w)
+    assert parts.dtype is torch.bfloat16 and parts[0].equal(kernel.linear(x, w))
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 256, 300, 512, 513, 8192])
+def test_every_batch_keeps_the_card_at_work(rows: int) -> None:
+    """Llama 3.2 1B and 3B. The parts of a sum may not be too small, nor too many bytes."""
+    for hidden, query_and_kv, wide in ((2048, 3072, 8192), (3072, 5120, 8192)):
+        for k in (hidden, wide):
+            split = kernel.choose_split(rows, hidden, k)
+            assert -(-rows // split.rows) * (hidden // split.columns) * split.splits >= 120
+            assert split.splits == 1 or (k // split.splits >= 512 and 4 * split.splits * rows * hidden <= 16 * 2**20)
+        for n in (query_and_kv, 2 * wide):
+            whole = kernel.choose_tiling(rows, n)
+            assert whole.splits == 1 and -(-rows // whole.rows) * (n // whole.columns) >= 48
