@@ -21,7 +21,7 @@ MODES = {"gate_up": SWIGLU, "head": DRAW, "down": RESIDUAL, "o": RESIDUAL, "qkv"
 
 def timed(runner: CudaRunner, rows: torch.Tensor, replays: int = 25) -> float:
     """Median microseconds of a step, in graphs of STEPS as the engine has them."""
-    few = runner._few
+    few = runner.stepper.few
     assert few is not None
     few.step(rows)
     torch.cuda.synchronize()
@@ -92,7 +92,7 @@ def main(model: str, count: int, context: int, quantization: str, quick: bool) -
     runner.slots.upload_tables()
     runner.slots.write(slots, [1] * count, [context - 1] * count, [0] * count, [0.0] * count, [0] * count)
     rows = torch.arange(count, dtype=torch.int32, device="cuda")
-    few, shape = runner._few, runner._model_config
+    few, shape = runner.stepper.few, runner.model.config
     assert few is not None
     with torch.inference_mode():
         best = timed(runner, rows)

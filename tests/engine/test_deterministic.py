@@ -90,5 +90,5 @@ def test_guesses_change_no_bit(llama: Llama, tmp_path: Path, guesses: dict[str, 
 
 
 def test_it_is_refused_where_it_does_not_exist() -> None:
-    with pytest.raises(ValueError, match="deterministic"):
-        EngineConfig(Path("x"), device="cuda", deterministic=True)
+    with pytest.raises(ValueError, match="deterministic is not for quantization w8a8-int8"):
+        EngineConfig(Path("x"), device="cuda", deterministic=True, quantization="w8a8-int8")

@@ -5,9 +5,9 @@
 // is free as long as all agree); values and weights are turned there, 8 x 8 at a time. 8-bit codes become float16 without loss, the
 // keys' scales meet the scores and the values' the weights.
 //
-// Keys and values of earlier tokens are asked for before the wait for the kernel before: only the query and the newest token come
-// from it. The blocks of a cluster send their parts to each other's shared memory, each owning a share of the sums, so there is
-// neither a second kernel nor a trip through device memory.
+// Keys and values of earlier tokens are asked for before the wait for the kernel before: only the query and the newest tokens (one,
+// or as many as a request has rows) come from it. The blocks of a cluster send their parts to each other's shared memory, each
+// owning a share of the sums, so there is neither a second kernel nor a trip through device memory.
 //
 // Compiled once per use with: HEAD_DIM, GROUP, KV_HEADS, PAGE, CLUSTER, WARPS, DEPTH, KIND (0 bf16, 1 int8, 2 e4m3).
 typedef unsigned int u32;
@@ -28,7 +28,7 @@ struct Args {
   const int* slots;      // [rows]
   const int* positions;  // [rows]
   u16* out;              // bf16 [rows, heads * HEAD_DIM], rows stride_out apart
-  int stride_query, stride_out, stride_table;
+  int stride_query, stride_out, stride_table, fresh;
   float softmax_scale;   // times log2 e
 };
 
@@ -143,11 +143,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #pragma unroll
   for (int j = 0; j < DEPTH; j++) {
     ring[j] = {};
-    fetch(ring[j], pages[j], first + j * STRIDE, 0, length - 1);
+    fetch(ring[j], pages[j], first + j * STRIDE, 0, length - a.fresh);
   }
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #pragma unroll
-  for (int j = 0; j < DEPTH; j++) fetch(ring[j], pages[j], first + j * STRIDE, length - 1, length);
+  for (int j = 0; j < DEPTH; j++) fetch(ring[j], pages[j], first + j * STRIDE, length - a.fresh, length);
 
   u32 q[PIECES][EACH / 4][2];  // column g: head g of the group, in the order of the keys
 #pragma unroll

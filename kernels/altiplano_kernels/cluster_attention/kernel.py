@@ -11,7 +11,7 @@ SOURCE = Path(__file__).with_name("decode.cu")
 KINDS = {torch.bfloat16: 0, torch.int8: 1, torch.float8_e4m3fn: 2}
 _Args = struct(
     "Args", "query", "cache", "scales", "tables", "slots", "positions", "out", "stride_query:i", "stride_out:i", "stride_table:i",
-    "softmax_scale:f",
+    "fresh:i", "softmax_scale:f",
 )  # fmt: skip
 
 
@@ -51,12 +51,13 @@ def decode_clusters(
     heads: int,
     shape: Shape | None = None,
     pdl: bool = True,
+    fresh: int = 1,
 ) -> torch.Tensor:
     """Attention of one token per row over cached positions 0 … position, its own included.
 
     Tensors as for `paged_attention.kernel.decode`. The kernel before it in the stream may be the one that writes the query and the
-    newest keys and values, but `positions`, `slots`, `tables` and all older keys must come from kernels that ended before that one
-    let this one start.
+    newest `fresh` keys and values of each row, but `positions`, `slots`, `tables` and all older keys must come from kernels that
+    ended before that one let this one start.
     """
     _, _, kv_heads, page, dim = cache.shape
     cluster, depth, warps = shape or choose_shape(query.shape[0], kv_heads, dim, cache.element_size())
@@ -68,7 +69,8 @@ def decode_clusters(
     kernel.allow(0, large_cluster=cluster > 8)
     arguments = _Args(
         query.data_ptr(), cache.data_ptr(), 0 if scales is None else scales.data_ptr(), tables.data_ptr(), slots.data_ptr(),
-        positions.data_ptr(), out.data_ptr(), query.stride(0), out.stride(0), tables.stride(0), dim**-0.5 * 1.4426950408889634,
+        positions.data_ptr(), out.data_ptr(), query.stride(0), out.stride(0), tables.stride(0), fresh,
+        dim**-0.5 * 1.4426950408889634,
     )  # fmt: skip
     kernel.launch((cluster, kv_heads, query.shape[0]), warps * 32, arguments, pdl=pdl)
     return out

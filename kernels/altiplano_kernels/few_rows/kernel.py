@@ -87,6 +87,18 @@ def choose_plan(mode: int, n: int, k: int, rows: int, bits: int = 16) -> Plan:
     return Plan(warps, depth, 264 if wide else 0)
 
 
+def steady_plan(mode: int, n: int, k: int, rows: int, bits: int = 16) -> Plan:
+    """A plan whose sums for a row are the same, to the bit, for any number of rows: the order of additions depends on the warps alone."""
+    plan = choose_plan(mode, n, k, 8, bits)
+    if rows <= 8:
+        return plan
+    if mode != RESIDUAL:
+        return plan
+    # Twice the columns: what is on its way must fit into the registers.
+    steps = k // (plan.warps * CHUNK[bits])
+    return plan._replace(depth=next(depth for depth in (2, 1) if steps % depth == 0))
+
+
 def begin(
     slots: torch.Tensor,
     tokens: torch.Tensor,

@@ -48,7 +48,7 @@ def _prefill_kernel(
     query, out, cache, scales, tables, tiles,
     stride_query, stride_out, stride_table, softmax_scale,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    SCALED: tl.constexpr, STAGES: tl.constexpr,
+    SCALED: tl.constexpr, STAGES: tl.constexpr, STEADY: tl.constexpr,
 ):  # fmt: skip
     head, tile = tl.program_id(0), tl.program_id(1)
     first = tl.load(tiles + tile * 4).to(tl.int64)
@@ -66,7 +66,8 @@ def _prefill_kernel(
     kv_head = head // GROUP
     end = position + count
     # Every query of the tile sees all keys before the tile's first position: those tiles need no mask.
-    free = ((position + 1) // TILE) * TILE
+    # Where a tile of queries begins depends on the batch, and the two loops may round differently: one of them does it all then.
+    free = 0 if STEADY else ((position + 1) // TILE) * TILE
     for start in tl.range(0, free, TILE, num_stages=STAGES):
         best, total, acc = _tile_step(
             q, best, total, acc, cache, scales, table, start, end, rows_at, kv_head, softmax_scale,
@@ -107,17 +108,18 @@ def prefill(
     tile: int = 64,
     stages: int = 3,
     warps: int = 4,
+    steady: bool = False,
 ) -> torch.Tensor:
     """Causal attention of chunk tokens; their own keys and values must be in the pages already.
 
     query: bf16 [tokens, ≥ heads * head_dim]; cache, scales, tables: as in decode; tiles: int32 [tiles, 4] of `list_tiles`;
-    out: bf16 [tokens, heads * head_dim], returned.
+    out: bf16 [tokens, heads * head_dim], returned. `steady`: a token's result is the same, to the bit, in whichever tile it is.
     """
     _, _, kv_heads, page, dim = cache.shape
     _prefill_kernel[(heads, tiles.numel() // 4)](
         query, out, cache, cache if scales is None else scales, tables, tiles,
         query.stride(0), out.stride(0), tables.stride(0), dim**-0.5 * 1.4426950408889634,
         GROUP=heads // kv_heads, KV_HEADS=kv_heads, DIM=dim, PAGE=page, ROWS=rows, TILE=tile,
-        SCALED=scales is not None, STAGES=stages, num_warps=warps,
+        SCALED=scales is not None, STAGES=stages, STEADY=steady, num_warps=warps,
     )  # fmt: skip
     return out

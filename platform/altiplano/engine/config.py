@@ -31,12 +31,11 @@ class EngineConfig:
     load_format: str = "safetensors"  # or "dummy": random weights by config, for benchmarks
     kv_cache_dtype: str = "auto"  # or "bf16", "fp8", "int8": 8 bits have a scale per token and head; on a GPU only
     quantization: str = "none"  # or "int8", "int4" (weights in groups of 128), "w8a8-fp8", "w8a8-int8"; on a GPU only
-    itl_target_ms: float | None = None  # a step that decodes takes no more prompt tokens than fit into it; on the CPU only
-    num_speculative_tokens: int = 0  # guessed per step when few requests run; on the CPU only
+    itl_target_ms: float | None = None  # a step that decodes takes no more prompt tokens than fit into it
+    num_speculative_tokens: int = 0  # guessed per step when few requests run
     speculative_model: Path | None = None  # a smaller Llama that guesses; None: prompt lookup in the request's own text
-    deterministic: bool = (
-        False  # a request's tokens and log-probabilities do not depend, to the bit, on who else runs; on the CPU only
-    )
+    speculative_quantization: str = "none"  # of its weights, as `quantization`
+    deterministic: bool = False  # a request's tokens and log-probabilities do not depend, to the bit, on who else runs
     seed: int = 0
     debug: bool = False
 
@@ -49,22 +48,28 @@ class EngineConfig:
                 f"the KV cache holds {self.num_blocks * self.block_size} tokens, less than max_model_len {self.max_model_len}: "
                 "raise num_blocks or lower max_model_len"
             )
-        if self.device == "cpu" and (self.kv_cache_dtype, self.quantization) != ("auto", "none"):
+        reduced = (self.kv_cache_dtype, self.quantization, self.speculative_quantization)
+        if self.device == "cpu" and reduced != ("auto", "none", "none"):
             raise ValueError(
-                f"kv_cache_dtype {self.kv_cache_dtype} and quantization {self.quantization} need a GPU: leave them at auto and none on the CPU"
+                f"kv_cache_dtype {reduced[0]}, quantization {reduced[1]} and speculative_quantization {reduced[2]} need a GPU: "
+                "leave them at auto, none and none on the CPU"
+            )
+        if self.speculative_quantization != "none" and self.speculative_model is None:
+            raise ValueError(
+                f"speculative_quantization {self.speculative_quantization} has no speculative_model: name one, or leave it out"
             )
         if not 0 <= self.num_speculative_tokens <= 32:
             raise ValueError(f"num_speculative_tokens must be between 0 and 32, not {self.num_speculative_tokens}")
-        if self.num_speculative_tokens and self.device != "cpu":
-            raise ValueError(f"num_speculative_tokens is for the CPU backend so far: set it to 0 on {self.device}")
+        if self.device != "cpu" and self.num_speculative_tokens > 15:
+            raise ValueError(
+                f"num_speculative_tokens must be at most 15 on a GPU, not {self.num_speculative_tokens}: a step checks 16 tokens at once"
+            )
         if self.speculative_model is not None and not self.num_speculative_tokens:
             raise ValueError("speculative_model guesses nothing with num_speculative_tokens 0: raise it, or leave the model out")
         if self.itl_target_ms is not None and not 0 < self.itl_target_ms < float("inf"):
             raise ValueError(f"itl_target_ms must be above 0 milliseconds, not {self.itl_target_ms}: leave it out for no target")
-        if self.itl_target_ms is not None and self.device != "cpu":
-            raise ValueError(f"itl_target_ms is for the CPU backend so far: leave it out on {self.device}")
-        if self.deterministic and self.device != "cpu":
-            raise ValueError(f"deterministic is for the CPU backend so far: leave it out on {self.device}")
+        if self.deterministic and self.quantization.startswith("w8a8"):
+            raise ValueError(f"deterministic is not for quantization {self.quantization}: use none, int8 or int4")
         if self.load_format not in ("safetensors", "dummy"):
             raise ValueError(f"load_format must be safetensors or dummy, not {self.load_format!r}")
 

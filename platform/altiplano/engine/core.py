@@ -417,8 +417,8 @@ def _make_runner(config: EngineConfig) -> Runner:
 
 
 def _make_proposer(config: EngineConfig, vocab_size: int) -> Proposer | None:
-    if not config.num_speculative_tokens:
-        return None
+    if not config.num_speculative_tokens or config.device != "cpu":
+        return None  # on a GPU, guesses are made inside the steps
     if config.speculative_model is None:
         return LookupProposer(config.num_speculative_tokens)
     draft = replace(

@@ -27,11 +27,7 @@ class DraftProposer:
     """
 
     def __init__(self, runner: Runner, vocab_size: int, config: EngineConfig) -> None:
-        if runner.vocab_size != vocab_size:
-            raise EngineError(
-                f"speculative_model {config.speculative_model} has {runner.vocab_size} tokens and the model {vocab_size}: "
-                "a draft must have the same tokenizer"
-            )
+        check_vocabulary(config, runner.vocab_size, vocab_size)
         self._runner, self._most, self._size = runner, config.num_speculative_tokens, config.block_size
         self._content: dict[int, int] = {}  # of full pages: a hash of all tokens up to their ends
 
@@ -132,6 +128,15 @@ class DraftProposer:
             known = _hash(known, request.tokens[page * self._size : (page + 1) * self._size])
             if (page + 1) * self._size > chunk.start:
                 self._content[request.pages[page]] = known
+
+
+def check_vocabulary(config: EngineConfig, draft: int, target: int) -> None:
+    """Raise EngineError unless the draft model has as many tokens as the engine's."""
+    if draft != target:
+        raise EngineError(
+            f"speculative_model {config.speculative_model} has {draft} tokens and the model {target}: "
+            "a draft must have the same tokenizer"
+        )
 
 
 def _hash(before: int, tokens: list[int]) -> int:

@@ -34,12 +34,17 @@ class _Product(NamedTuple):
 class AdapterPool:
     """Room for `max_loras` adapters up to `max_rank`, in bf16. To load one is to copy it into its place, behind the steps under way.
 
+    `shape`: of the tiles of decode steps; sums are in the same order as in prompts if it is that of prompts.
+
     Raises:
         AdapterError: the GPU has too little memory left; the message says how much is needed.
     """
 
-    def __init__(self, config: LlamaConfig, max_loras: int, max_rank: int, max_batch: int, device: str) -> None:
+    def __init__(
+        self, config: LlamaConfig, max_loras: int, max_rank: int, max_batch: int, device: str, shape: Shape = DECODE
+    ) -> None:
         self._rank = max(16, 1 << (max_rank - 1).bit_length())  # what Triton can address
+        self._shape = shape
         self._names: list[str | None] = [None] * max_loras
         self._ranks = [0] * max_loras
         hidden, wide = config.hidden_size, config.intermediate_size
@@ -60,7 +65,7 @@ class AdapterPool:
                 "and the GPU has less left: lower either of them, or num_blocks"
             ) from error
         self._tiles = torch.zeros(
-            most_tiles(max_batch, max_loras, DECODE) * (HEADER + DECODE.rows), dtype=torch.int32, device=device
+            most_tiles(max_batch, max_loras, shape) * (HEADER + shape.rows), dtype=torch.int32, device=device
         )
 
     def load(self, adapter: Adapter) -> None:
@@ -94,14 +99,14 @@ class AdapterPool:
 
     def set_rows(self, owners: Sequence[str | None], bucket: int) -> None:
         """Make `owners` the adapters of a decode step's rows, for `decode_update(bucket)`; asynchronous."""
-        count = most_tiles(bucket, len(self._names), DECODE)
-        tiles = torch.tensor(list_tiles(self._numbers(owners), self._ranks, DECODE, count), dtype=torch.int32)
+        count = most_tiles(bucket, len(self._names), self._shape)
+        tiles = torch.tensor(list_tiles(self._numbers(owners), self._ranks, self._shape, count), dtype=torch.int32)
         self._tiles[: len(tiles)].copy_(tiles.pin_memory() if self._tiles.is_cuda else tiles, non_blocking=True)
 
     def decode_update(self, bucket: int) -> Update:
         """The update of a decode step of `bucket` rows, by the list of the last `set_rows`. Capturable."""
-        count = most_tiles(bucket, len(self._names), DECODE)
-        return self.update(self._tiles[: count * (HEADER + DECODE.rows)], DECODE)
+        count = most_tiles(bucket, len(self._names), self._shape)
+        return self.update(self._tiles[: count * (HEADER + self._shape.rows)], self._shape)
 
     def update(self, tiles: torch.Tensor, shape: Shape) -> Update:
         """The update of rows by a list of `tiles`: int32, on the device."""

@@ -14,7 +14,7 @@ import torch
 from altiplano.engine.config import LlamaConfig
 from altiplano.engine.cuda.quantized import AnyLayer, CodedWeights, PackedWeights, weight_of
 from altiplano.engine.weights import Weights
-from altiplano_kernels.cluster_attention.kernel import Shape, decode_clusters, fits
+from altiplano_kernels.cluster_attention.kernel import Shape, choose_shape, decode_clusters, fits
 from altiplano_kernels.few_rows import kernel as few
 from altiplano_kernels.few_rows.quantized import Packed
 from altiplano_kernels.kv_write.kernel import rope_and_write
@@ -27,9 +27,12 @@ MOST_BLOCKS = 1056  # of the kernel that draws: eight per processor of the large
 
 
 class FewRows:
-    """The step of a `CudaLlama` for up to `few_rows.kernel.MOST_ROWS` rows."""
+    """The step of a `CudaLlama` for up to `few_rows.kernel.MOST_ROWS` rows.
 
-    def __init__(self, model: "CudaLlama") -> None:
+    `steady`: a row's result is the same, to the bit, in a step of one row and of 16, at the price of the fastest plans for one.
+    """
+
+    def __init__(self, model: "CudaLlama", steady: bool = False) -> None:
         config, device = model.config, str(model.cache.device)
         assert not isinstance(model.weights, CodedWeights), "these kernels read bf16 or packed weights"
         self._weights: Weights | PackedWeights = model.weights
@@ -40,6 +43,9 @@ class FewRows:
         self._logits: torch.Tensor | None = None  # made at the first step that needs it
         self.plans: dict[str, few.Plan] = {}  # overrides, for tuning
         self.shape: Shape | None = None  # of attention, likewise
+        self._steady = steady
+        if steady:
+            self.shape = choose_shape(8, config.num_key_value_heads, config.head_dim, model.cache.element_size())
 
     @staticmethod
     def supports(config: LlamaConfig, page: int, bits: int = 16) -> bool:
@@ -52,9 +58,12 @@ class FewRows:
             and fits(config.num_attention_heads, config.num_key_value_heads, config.head_dim, page)
         )
 
-    def step(self, rows: torch.Tensor) -> None:
-        """One token for each slot in `rows`: int32 [rows]; draws it and advances the slots. Capturable."""
-        residual, weights, slots, scratch = self._residual(rows), self._weights, self._model.slots, self._scratch
+    def step(self, rows: torch.Tensor, fresh: int = 1) -> None:
+        """One token for each slot in `rows`: int32 [rows]; draws it and advances the slots. Capturable.
+
+        `fresh`: how many rows may belong to one request, at neighbouring positions.
+        """
+        residual, weights, slots, scratch = self._residual(rows, fresh), self._weights, self._model.slots, self._scratch
         blocks = few.norm_draw(
             residual,
             _head(weights),
@@ -65,23 +74,25 @@ class FewRows:
             slots.seeds,
             slots.steps,
             scratch,
-            self.plans.get("head"),
+            self._plans(len(rows)).get("head"),
         )
         advance(scratch.values, scratch.ids, blocks, rows, slots.tokens, slots.positions, slots.steps, slots.ring, pdl=True)
 
-    def logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """bf16 [rows, vocab] of one token for each slot in `rows`: int32 [rows], for draws that need them. Capturable; valid until the next call."""
-        residual, weights = self._residual(rows), self._weights
+    def logits(self, rows: torch.Tensor, fresh: int = 1) -> torch.Tensor:
+        """bf16 [rows, vocab] of one token for each slot in `rows`, for draws that need them. Capturable; valid until the next call."""
+        residual, weights = self._residual(rows, fresh), self._weights
         if self._logits is None:
             self._logits = torch.empty(few.MOST_ROWS, self._model.config.vocab_size, dtype=torch.bfloat16, device=rows.device)
         out = self._logits[: len(rows)]
-        few.linear(residual, _head(weights), out, weights.norm, self._model.config.rms_norm_eps, self.plans.get("logits"))
+        few.linear(
+            residual, _head(weights), out, weights.norm, self._model.config.rms_norm_eps, self._plans(len(rows)).get("logits")
+        )
         return out
 
-    def _residual(self, rows: torch.Tensor) -> torch.Tensor:
+    def _residual(self, rows: torch.Tensor, fresh: int) -> torch.Tensor:
         """The sums behind the last layer, bf16 [rows, hidden], before the last norm."""
         model, scratch, slots = self._model, self._scratch, self._model.slots
-        config, weights, plan, count = model.config, self._weights, self.plans.get, len(rows)
+        config, weights, plan, count = model.config, self._weights, self._plans(len(rows)).get, len(rows)
         eps, heads = config.rms_norm_eps, config.num_attention_heads
         residual, mixed, wide = scratch.residual[:count], scratch.mixed[:count], scratch.wide[:count]
         few.begin(rows, slots.tokens, slots.positions, slots.tables, weights.embedding, model.cos_sin, model.cache[0], scratch)
@@ -99,11 +110,25 @@ class FewRows:
                 few.linear(residual, qkv, query, layer.input_norm, eps, plan("qkv"))
                 positions = scratch.positions[:count]
                 rope_and_write(query, positions, rows, slots.tables, model.cos_sin, cache, scales, heads, pdl=True)
-            decode_clusters(query, cache, scales, slots.tables, rows, scratch.positions, mixed, heads, self.shape)
+            decode_clusters(query, cache, scales, slots.tables, rows, scratch.positions, mixed, heads, self.shape, fresh=fresh)
             few.add_linear(mixed, o, residual, plan("o"))
             few.norm_swiglu(residual, gate_up, layer.post_norm, eps, wide, plan("gate_up"))
             few.add_linear(wide, down, residual, plan("down"))
         return residual
+
+    def _plans(self, rows: int) -> dict[str, few.Plan]:
+        """What is to be used instead of the kernels' own choice, by the names that `plans` has."""
+        if not self._steady:
+            return self.plans
+        layer, head = self._weights.layers[0], _head(self._weights)
+        qkv = few.QKV if self._model.scales is None else few.PLAIN
+        modes = {"qkv": qkv, "o": few.RESIDUAL, "gate_up": few.SWIGLU, "down": few.RESIDUAL}
+        weights = {name: (mode, weight_of(layer, name)) for name, mode in modes.items()}
+        weights |= {"head": (few.DRAW, head), "logits": (few.PLAIN, head)}
+        return {
+            name: few.steady_plan(mode, w.shape[0], w.shape[1], rows, w.bits if isinstance(w, Packed) else 16)
+            for name, (mode, w) in weights.items()
+        }
 
 
 def _head(weights: Weights | PackedWeights) -> torch.Tensor | Packed:

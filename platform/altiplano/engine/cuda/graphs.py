@@ -14,19 +14,20 @@ def bucket_of(batch: int) -> int:
     return next((bucket for bucket in BUCKETS if bucket >= batch), -(-batch // 256) * 256)
 
 
-def unrolled(bucket: int) -> int:
-    """Steps in one graph: the gap between two graphs costs as much as several kernels of a small batch, and little of a large one."""
-    return 8 if bucket <= 16 else 1
-
-
 class Kind(NamedTuple):
-    """What a step must do beyond the plain one, because one of its rows asks for it."""
+    """What a step must do beyond the plain one, because one of its rows asks for it; and guesses for each of its requests."""
 
     filtered: bool = False
     adapted: bool = False
+    guesses: int = 0
 
 
 PLAIN = Kind()
+
+
+def unrolled(bucket: int, kind: Kind = PLAIN) -> int:
+    """Steps in one graph: the gap between two graphs costs as much as several kernels of a small batch, and little of a large one."""
+    return 8 if bucket <= 16 and not kind.guesses else 1
 
 
 class DecodeGraphs:
@@ -35,27 +36,27 @@ class DecodeGraphs:
     Sharing is sound because graphs run one after another on one stream and leave nothing in the pool that a later one reads.
     """
 
-    def __init__(self, step: Callable[[int, Kind], None], prepare: Callable[[int], None]) -> None:
+    def __init__(self, step: Callable[[int, Kind], None], prepare: Callable[[int, Kind], None]) -> None:
         self._step, self._prepare = step, prepare
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple[int, int, Kind], torch.cuda.CUDAGraph] = {}
 
     def replay(self, bucket: int, times: int, kind: Kind = PLAIN) -> None:
         """Launch `times` steps; the graphs must have been captured by `ensure` before the batch rows were written."""
-        steps = unrolled(bucket)
+        steps = unrolled(bucket, kind)
         for _ in range(times // steps):
             self._graphs[bucket, steps, kind].replay()
         for _ in range(times % steps):
             self._graphs[bucket, 1, kind].replay()
 
     def ensure(self, bucket: int, kind: Kind = PLAIN) -> None:
-        """Capture the bucket if it is new. `prepare(bucket)` must point all rows at scratch: the warm-up really runs."""
+        """Capture the bucket if it is new. `prepare(bucket, kind)` must point all rows at scratch: the warm-up really runs."""
         if (bucket, 1, kind) in self._graphs:
             return
-        self._prepare(bucket)
+        self._prepare(bucket, kind)
         self._step(bucket, kind)
         torch.cuda.synchronize()
-        for steps in {1, unrolled(bucket)}:
+        for steps in {1, unrolled(bucket, kind)}:
             self._graphs[bucket, steps, kind] = self._capture(bucket, steps, kind)
 
     def forget(self) -> None:

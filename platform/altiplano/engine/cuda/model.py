@@ -19,6 +19,7 @@ from altiplano_kernels.linear import kernel as linear
 from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, choose_splits, choose_tiling, decode
 from altiplano_kernels.prefill_attention.kernel import prefill
 from altiplano_kernels.rope.reference import cos_sin, inverse_frequencies
+from altiplano_kernels.steady_linear import kernel as steady
 from altiplano_kernels.swiglu.kernel import swiglu
 from altiplano_kernels.w8a8 import kernel as w8a8
 
@@ -28,7 +29,11 @@ Attend = Callable[[int, torch.Tensor], torch.Tensor]
 
 
 class CudaLlama:
-    """Weights and paged cache. cache: [layers, blocks, 2, kv_heads, page, head_dim]; scales: [layers, blocks, 2, kv_heads, page] or None."""
+    """Weights and paged cache. cache: [layers, blocks, 2, kv_heads, page, head_dim]; scales: [layers, blocks, 2, kv_heads, page] or None.
+
+    `deterministic`: what a row becomes does not depend, to the bit, on the other rows: one path and one order of sums for all, which
+    is that of prompts. It costs about half of the speed.
+    """
 
     def __init__(
         self,
@@ -38,8 +43,10 @@ class CudaLlama:
         scales: torch.Tensor | None,
         slots: SlotTable,
         max_batch: int,
+        deterministic: bool = False,
     ) -> None:
         self.config, self.weights, self.cache, self.scales, self.slots = config, weights, cache, scales, slots
+        self.deterministic = deterministic
         device = str(cache.device)
         positions = torch.arange(slots.width * cache.shape[4])
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
@@ -56,12 +63,18 @@ class CudaLlama:
         self._clusters = fits(config.num_attention_heads, kv_heads, config.head_dim, cache.shape[4])
         self._workspace = DecodeWorkspace(max(need, max_batch), kv_heads, config.head_dim, device, 1)
 
-    def decode_hidden(self, rows: torch.Tensor, update: Update | None = None, pdl: bool = True) -> torch.Tensor:
+    def decode_hidden(self, rows: torch.Tensor, update: Update | None = None, pdl: bool = True, fresh: int = 1) -> torch.Tensor:
         """Last hidden states [rows, hidden] of one token per row, whose slot is in `rows`: int32 [rows]. Capturable.
 
-        `update`: what adapters add to each product, if a row has one.
+        `update`: what adapters add to each product, if a row has one. `fresh`: how many rows may belong to one request, at
+        neighbouring positions.
         """
         batch, config = len(rows), self.config
+        if self.deterministic:
+            ids, positions = self.slots.tokens[rows], self.slots.positions[rows]
+            numbers = torch.arange(batch, dtype=torch.int32, device=rows.device)
+            tiles = torch.stack((numbers, torch.ones_like(rows), positions, rows), 1)
+            return self.prefill_hidden(ids, positions, rows, tiles, update)
         positions = torch.empty_like(rows)
         residual, x = (torch.empty(batch, config.hidden_size, dtype=torch.bfloat16, device=rows.device) for _ in range(2))
         first, slots = self.weights.layers[0].input_norm, self.slots
@@ -76,7 +89,7 @@ class CudaLlama:
             scales = None if self.scales is None else self.scales[layer]
             if self._clusters:
                 heads, cache = config.num_attention_heads, self.cache[layer]
-                return decode_clusters(qkv, cache, scales, slots.tables, rows, positions, out, heads, pdl=pdl)
+                return decode_clusters(qkv, cache, scales, slots.tables, rows, positions, out, heads, pdl=pdl, fresh=fresh)
             return decode(
                 qkv,
                 self.cache[layer],
@@ -112,9 +125,17 @@ class CudaLlama:
         def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
             out = torch.empty(len(ids), config.num_attention_heads * config.head_dim, dtype=torch.bfloat16, device=ids.device)
             scales = None if self.scales is None else self.scales[layer]
-            return prefill(qkv, self.cache[layer], scales, self.slots.tables, tiles, out, config.num_attention_heads)
+            heads = config.num_attention_heads
+            return prefill(qkv, self.cache[layer], scales, self.slots.tables, tiles, out, heads, steady=self.deterministic)
 
         return self._layers(x, residual, positions, slots_of, attend, update, False)
+
+    def head(self, hidden: torch.Tensor, kind: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """Logits [rows, vocab] of last hidden states [rows, hidden]; float32 ones are not rounded on the way."""
+        head = self.weights.head
+        if self.deterministic:
+            return steady.linear(hidden, head, kind)
+        return hidden @ head.T if kind is hidden.dtype else torch.mm(hidden, head.T, out_dtype=kind)
 
     def _layers(
         self,
@@ -131,7 +152,7 @@ class CudaLlama:
         heads = config.num_attention_heads
         split = pdl and LEAST_SPLIT_ROWS <= len(residual) <= linear.MOST_ROWS and update is None and self._splits
         for index, layer in enumerate(layers):
-            qkv = _product(x, layer, "qkv")
+            qkv = self._product(x, layer, "qkv")
             if update is not None:
                 assert isinstance(x, torch.Tensor), "adapters read rows that are not quantized"
                 update("qkv", index, x, qkv)
@@ -159,15 +180,15 @@ class CudaLlama:
     ) -> torch.Tensor:
         """From attention to the next layer's input, in steps that adapters can add to."""
         layer, eps = self.weights.layers[index], self.config.rms_norm_eps
-        x = _product(mixed, layer, "o")
+        x = self._product(mixed, layer, "o")
         if update is not None:
             update("o", index, mixed, x)
         add_norm(x, residual, layer.post_norm, x, eps, pdl)
-        gate_up = _product(x, layer, "gate_up")
+        gate_up = self._product(x, layer, "gate_up")
         if update is not None:
             update("gate_up", index, x, gate_up)
         wide = swiglu(gate_up, torch.empty(len(x), gate_up.shape[1] // 2, dtype=x.dtype, device=x.device), pdl)
-        x = _product(wide, layer, "down")
+        x = self._product(wide, layer, "down")
         if update is not None:
             update("down", index, wide, x)
         add_norm(x, residual, after, x, eps, pdl)
@@ -197,12 +218,11 @@ class CudaLlama:
         add_norm(x, residual, after, x, eps)
         return x
 
-
-def _product(x: torch.Tensor | w8a8.Codes, layer: AnyLayer | CodedLayer, name: str) -> torch.Tensor:
-    """bf16 rows times a weight of a layer; the library's product where neither is quantized."""
-    if isinstance(layer, CodedLayer):
-        codes = x if isinstance(x, w8a8.Codes) else w8a8.quantize_rows(x, layer.kind)
-        return w8a8.linear(codes, getattr(layer, name))
-    assert isinstance(x, torch.Tensor), "rows are quantized for coded layers only"
-    weight: torch.Tensor = getattr(layer, name)
-    return x @ weight.T
+    def _product(self, x: torch.Tensor | w8a8.Codes, layer: AnyLayer | CodedLayer, name: str) -> torch.Tensor:
+        """bf16 rows times a weight of a layer; the library's product where neither is quantized."""
+        if isinstance(layer, CodedLayer):
+            codes = x if isinstance(x, w8a8.Codes) else w8a8.quantize_rows(x, layer.kind)
+            return w8a8.linear(codes, getattr(layer, name))
+        assert isinstance(x, torch.Tensor), "rows are quantized for coded layers only"
+        weight: torch.Tensor = getattr(layer, name)
+        return steady.linear(x, weight) if self.deterministic else x @ weight.T

@@ -7,29 +7,48 @@ Tokens feed the next step on the GPU, so the host learns of an end only afterwar
 and values lie behind the known ones and are never indexed. Work on the GPU is in launch order, so pages that a finished
 request gives back are written by their next owner only after the last stray write. Requests that need whole rows of logits
 (log-probabilities, penalties, structured output) make the engine fall back to one step at a time while they are there.
+
+With guesses (see `guesses.py`) the host does not know either how many tokens a burst draws, only how many at most: it reserves
+pages for all of them, counts the certain ones as computed, and corrects itself when the burst is read.
 """
 
-import time
 from dataclasses import dataclass
 
 from altiplano.engine.config import EngineConfig
 from altiplano.engine.core import Engine
 from altiplano.engine.cuda import drawing
 from altiplano.engine.cuda.runner import CudaRunner, Ticket
+from altiplano.engine.guessing import Payoff
 from altiplano.engine.outputs import TokenOutput
 from altiplano.engine.plan import Chunk
 from altiplano.engine.request import Request, State
 from altiplano.engine.runner import Drawn
+from altiplano.engine.step_time import Step
+
+MOST_DRAWN = 32  # tokens of a request in one burst with guesses: two bursts fit into the ring
 
 
 @dataclass(frozen=True)
 class _Flight:
-    """Tokens that the GPU draws: for each request its slot and the number of its first token, `count` tokens each."""
+    """Tokens that the GPU draws: for each request its slot. `count` tokens each, and up to `guesses` more for each of them."""
 
     requests: list[Request]
     slots: list[int]
-    first: list[int]
     count: int
+    guesses: int = 0
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """What was launched together. `asked`: who decided whether to guess, where the question came up."""
+
+    flights: list[_Flight]
+    ticket: Ticket
+    started: float
+    prompt_tokens: int
+    decodes: int
+    burst: int
+    asked: Payoff | None
 
 
 class OverlappedEngine(Engine):
@@ -38,9 +57,13 @@ class OverlappedEngine(Engine):
     def __init__(self, config: EngineConfig, runner: CudaRunner, burst: int = 8) -> None:
         super().__init__(config, runner)
         self._cuda, self._burst = runner, burst
-        self._flying: tuple[list[_Flight], Ticket] | None = None
-        self._ahead: dict[Request, int] = {}  # tokens in flight per request
+        self._flying: _Launched | None = None
+        self._landed: Ticket | None = None  # the last one, while the GPU has not been idle since
+        self._ahead: dict[Request, int] = {}  # tokens in flight per request, at most
+        self._slack: dict[Request, int] = {}  # those of them that are not certain
         self._live: set[Request] = set()  # requests whose slot on the GPU is up to date
+        self._known: dict[Request, int] = {}  # who guesses knows the request's text; tokens that a draft model has computed of it
+        self._made: dict[int, int] = {}  # guesses made in each slot, over all its requests
 
     def has_unfinished(self) -> bool:
         return super().has_unfinished() or self._flying is not None
@@ -50,12 +73,13 @@ class OverlappedEngine(Engine):
         if not self._all_plain():
             news = self._land(None)
             self._live.clear()
+            self._known.clear()
             return news + super().step()
         news, self._news = self._news, []
-        started = time.perf_counter()
-        launched = self._launch()
+        started = self._clock()
+        launched = self._launch(started)
         news += self._land(launched)
-        self._seconds += time.perf_counter() - started
+        self._seconds += self._clock() - started
         if self.config.debug and self._flying is None:
             self._scheduler.check()
         return news
@@ -63,41 +87,79 @@ class OverlappedEngine(Engine):
     def _all_plain(self) -> bool:
         return all(drawing.is_plain(r.params, r.num_generated) for r in self._requests.values())
 
-    def _launch(self) -> tuple[list[_Flight], Ticket] | None:
+    def _launch(self, started: float) -> _Launched | None:
         scheduler = self._scheduler
         scheduler.running.sort(key=lambda r: r.order)
         flights, budget, preempted = [], scheduler.budget, False
         # A burst beside a prompt would run at the small batch of those who are there already; one step keeps them going.
-        burst = 1 if self._prompts_follow() else self._burst
+        alone = not self._prompts_follow()
+        guesses, asked = self._choose_guesses() if alone else (0, None)
+        if guesses and self._flying is not None and self._cuda.drafts and self._unknown():
+            return None  # what is in flight must land before a draft model can compute it
+        burst = 1 if not alone else MOST_DRAWN // (guesses + 1) if guesses else self._burst
+        prompts = self._prompt_budget()
         decodes, chunks = [], list[Chunk]()
         for request in list(scheduler.running):
             if request.state is not State.RUNNING:
                 continue  # preempted a moment ago
             n = self._wanted(request, burst)
             computing = self._computing(request)
-            n = min(n, budget) if computing else n
+            n = min(n, budget, prompts) if computing else n
             if n == 0:
                 continue
-            preempted |= not self._reserve(request, n)
+            preempted |= not self._reserve(request, n if computing else self._most(request, n, guesses))
             if request.state is not State.RUNNING:
                 continue
             if computing:
                 chunks.append(scheduler.chunk(request, n))
                 budget -= n
+                prompts -= n
             else:
                 decodes.append(request)
         chunks = [c for c in chunks if self._requests[c.request_id].state is State.RUNNING]
         decodes = [r for r in decodes if r.state is State.RUNNING]
-        if not preempted and budget > 0:
-            scheduler.admit(budget, chunks)
+        if not preempted and min(budget, prompts) > 0:
+            scheduler.admit(min(budget, prompts), chunks)
         if chunks:
             flights += self._launch_chunks(chunks)
         if decodes:
-            flights.append(self._launch_burst(decodes, burst))
+            flights.append(self._launch_burst(decodes, burst, guesses))
         if not flights and not chunks:
             return None
+        times = flights[-1].count if decodes else 1
         self._steps += 1
-        return flights, self._cuda.publish()
+        tokens = sum(len(chunk.tokens) for chunk in chunks)
+        return _Launched(flights, self._cuda.publish(), started, tokens, len(decodes), times, asked)
+
+    def _prompt_budget(self) -> int:
+        """Tokens of prompts that may be computed beside decodes, over all requests."""
+        decodes = sum(not self._computing(request) for request in self._scheduler.running)
+        if self.config.itl_target_ms is None or not decodes:
+            return self._scheduler.budget
+        return self._prompt_limit(decodes)
+
+    def _choose_guesses(self) -> tuple[int, Payoff | None]:
+        """Guesses for each running request, and who has decided on them."""
+        requests = len(self._scheduler.running)
+        most = self._cuda.guesses_per_request(requests)
+        if not most:
+            return 0, None
+        payoff = self._payoffs.of(requests)
+        if not payoff.decide():
+            return 0, payoff
+        # Nobody is preempted for a guess.
+        steps = MOST_DRAWN // (most + 1)
+        fits = all(self._scheduler.reserve(request, self._most(request, steps, most)) for request in self._scheduler.running)
+        return (most, payoff) if fits else (0, None)
+
+    def _most(self, request: Request, steps: int, guesses: int) -> int:
+        """Tokens that may be computed before the next burst: in flight without certainty, and in `steps` more; none past the request's end."""
+        most = self._slack.get(request, 0) + steps * (guesses + 1)
+        return min(most, request.prompt_len + request.params.max_tokens - request.num_computed)
+
+    def _unknown(self) -> bool:
+        """Whether a draft model has not computed some request as far as the last guesses went."""
+        return any(self._known.get(request, -1) < len(request.tokens) - 1 for request in self._scheduler.running)
 
     def _computing(self, request: Request) -> bool:
         """Whether known tokens are still to be computed, other than the last one drawn."""
@@ -126,6 +188,7 @@ class OverlappedEngine(Engine):
             victim = scheduler.running[-1]
             scheduler.preempt(victim)
             self._live.discard(victim)
+            self._known.pop(victim, None)
             untouched = False
             if victim is request:
                 break
@@ -140,9 +203,9 @@ class OverlappedEngine(Engine):
         for request in requests:
             self._live.add(request)
             self._ahead[request] = self._ahead.get(request, 0) + 1
-        return [_Flight(requests, [c.slot for c in drawn], [c.generated for c in drawn], 1)] if drawn else []
+        return [_Flight(requests, [c.slot for c in drawn], 1)] if drawn else []
 
-    def _launch_burst(self, requests: list[Request], burst: int) -> _Flight:
+    def _launch_burst(self, requests: list[Request], burst: int, guesses: int) -> _Flight:
         times = max(self._wanted(request, burst) for request in requests)
         fresh = [request for request in requests if request not in self._live]
         if fresh:
@@ -152,39 +215,95 @@ class OverlappedEngine(Engine):
             assert request.slot is not None
             slots.append(request.slot)
             self._cuda.slots.set_pages(request.slot, request.pages, fresh=False)
-        first = [request.num_generated + self._ahead.get(request, 0) for request in requests]
-        self._cuda.launch_decode(slots, times)
+        if guesses:
+            self._inform(requests)
+            self._cuda.launch_guesses(slots, times, guesses)
+        else:
+            self._cuda.launch_decode(slots, times)
         for request in requests:
             self._live.add(request)
-            self._ahead[request] = self._ahead.get(request, 0) + times
+            self._ahead[request] = self._ahead.get(request, 0) + times * (guesses + 1)
+            if guesses:
+                self._slack[request] = self._slack.get(request, 0) + times * guesses
             request.num_computed += min(times, self._room(request))
-        return _Flight(requests, slots, first, times)
+        return _Flight(requests, slots, times, guesses)
+
+    def _inform(self, requests: list[Request]) -> None:
+        """Tell those who guess what they do not know of the requests; with a draft model nothing is in flight then."""
+        for request in requests:
+            assert request.slot is not None
+            if request not in self._known:
+                self._cuda.remember(request.slot, request.tokens)
+            known, last = self._known.get(request, 0), len(request.tokens) - 1
+            if self._cuda.drafts and known < last:
+                # The last two tokens are what its next step begins with.
+                self._cuda.catch_up(request.slot, request.tokens[known:last], known)
+            self._known[request] = last
 
     def _room(self, request: Request) -> int:
         """Tokens that the reserved pages still hold: a burst may run past the request's end."""
         return len(request.pages) * self.config.block_size - request.num_computed
 
-    def _land(self, launched: tuple[list[_Flight], Ticket] | None) -> list[TokenOutput]:
+    def _land(self, launched: _Launched | None) -> list[TokenOutput]:
         """Read the burst before `launched`, which becomes the one in flight."""
         landing, self._flying = self._flying, launched
         news: list[TokenOutput] = []
         if landing is None:
             return news
-        flights, ticket = landing
-        for flight in flights:
-            found = ticket.tokens(flight.slots, flight.first, flight.count)
-            for request, tokens in zip(flight.requests, found, strict=True):
-                self._book_burst(request, tokens, news)
+        before = self._totals()
+        for flight in landing.flights:
+            self._land_flight(flight, landing.ticket, news)
+        ended = self._clock()
+        tokens = self._generated - before[0]
+        self._learn_launch(landing, tokens)
+        self._record(landing.started, ended, landing.decodes, landing.prompt_tokens, before, landing.burst)
+        self._landed = landing.ticket if launched is not None else None
         return news
 
-    def _book_burst(self, request: Request, tokens: list[int], news: list[TokenOutput]) -> None:
+    def _land_flight(self, flight: _Flight, ticket: Ticket, news: list[TokenOutput]) -> None:
+        first = [request.num_generated for request in flight.requests]
+        counts = [flight.count] * len(first)
+        if flight.guesses:
+            self._guessed_steps += flight.count
+            drawn = [ticket.drawn(slot) for slot in flight.slots]
+            # Who has finished in between has less than was drawn for it, and gets nothing.
+            counts = [max(0, total - known) for (total, _), known in zip(drawn, first, strict=True)]
+            self._guessed += sum(made - self._made.get(slot, 0) for slot, (_, made) in zip(flight.slots, drawn, strict=True))
+            self._made.update((slot, made) for slot, (_, made) in zip(flight.slots, drawn, strict=True))
+        for request, tokens in zip(flight.requests, ticket.tokens(flight.slots, first, counts), strict=True):
+            if flight.guesses and request.state is not State.FINISHED:
+                self._settle(request, flight, len(tokens))
+            self._book_burst(request, tokens, flight.count * (flight.guesses + 1), news)
+            if flight.guesses and request in self._known:
+                self._known[request] = len(request.tokens) - 1
+
+    def _settle(self, request: Request, flight: _Flight, drawn: int) -> None:
+        """Correct what was supposed of a burst with guesses."""
+        self._slack[request] -= flight.count * flight.guesses
+        self._accepted += drawn - flight.count
+        if request.state is State.RUNNING:
+            request.num_computed += min(drawn - flight.count, self._room(request))
+
+    def _learn_launch(self, landing: _Launched, tokens: int) -> None:
+        """Remember what a launch has taken, if the GPU had no pause before it."""
+        if self._landed is None:
+            return
+        seconds = self._landed.ready.elapsed_time(landing.ticket.ready) / 1000
+        if landing.asked is not None and landing.decodes:
+            guessed = any(flight.guesses for flight in landing.flights)
+            landing.asked.observe(guessed, tokens / landing.decodes, seconds)
+        if self.config.itl_target_ms is not None:
+            self._times.observe(Step(landing.prompt_tokens, landing.decodes, seconds / landing.burst))
+
+    def _book_burst(self, request: Request, tokens: list[int], supposed: int, news: list[TokenOutput]) -> None:
         if request.state is not State.FINISHED:
-            self._ahead[request] -= len(tokens)
+            self._ahead[request] -= supposed
         for token in tokens:
             if request.state is State.FINISHED:
                 break  # ended or aborted: the rest was drawn for nobody
             request.tokens.append(token)
             news.append(self._book(request, Drawn(token)))
         if request.state is State.FINISHED:
-            self._ahead.pop(request, None)
+            for kept in (self._ahead, self._slack, self._known):
+                kept.pop(request, None)
             self._live.discard(request)

@@ -8,43 +8,52 @@ from pathlib import Path
 import torch
 
 from altiplano.engine.adapters import load_adapter
-from altiplano.engine.config import EngineConfig, LlamaConfig, read_config
+from altiplano.engine.config import EngineConfig, read_config
 from altiplano.engine.cuda import drawing
 from altiplano.engine.cuda.adapter_pool import AdapterPool, Update
-from altiplano.engine.cuda.few_rows import FewRows
 from altiplano.engine.cuda.graphs import DecodeGraphs, Kind, bucket_of
-from altiplano.engine.cuda.model import CudaLlama
-from altiplano.engine.cuda.quantized import BITS, CODES, CodedWeights, PackedWeights, code_weights, pack_weights
+from altiplano.engine.cuda.guesses import GUESTS, MOST_REQUESTS, Guesses
+from altiplano.engine.cuda.loading import load_model
 from altiplano.engine.cuda.sleep import Asleep
 from altiplano.engine.cuda.slots import SlotTable
+from altiplano.engine.drafting import check_vocabulary
 from altiplano.engine.errors import AdapterError, EngineError
 from altiplano.engine.plan import Chunk, StepPlan
 from altiplano.engine.prompt_scores import with_prompt
 from altiplano.engine.runner import Drawn
-from altiplano.engine.weights import Weights, load_weights, random_weights
 from altiplano_kernels.few_rows.kernel import MOST_ROWS
-from altiplano_kernels.filtered_sampling.kernel import draw_filtered
-from altiplano_kernels.multi_lora.kernel import PREFILL
+from altiplano_kernels.multi_lora.kernel import DECODE, PREFILL
 from altiplano_kernels.prefill_attention.kernel import list_tiles
-from altiplano_kernels.sampling.kernel import RING, DrawWorkspace, advance, draw
+from altiplano_kernels.sampling.kernel import RING
 
-CACHE_DTYPES = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 SNAPSHOTS = 4  # copies of the token ring that may be on their way to the host
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """Tokens on their way to the host, in `host`: int32 [slots, RING]; a slot's step s is in column s % RING."""
+    """What the GPU knows of all slots, on its way to the host; `ready` and `done`: events before and after the copy.
+
+    host: int32 [slots, RING + 2]. A slot's token number s is in column s % RING; then come the tokens drawn and the guesses made.
+    """
 
     host: torch.Tensor
+    ready: torch.cuda.Event
     done: torch.cuda.Event
 
-    def tokens(self, slots: Sequence[int], first_steps: Sequence[int], count: int) -> list[list[int]]:
-        """Wait, then give `count` tokens of each slot from its step in `first_steps` on."""
+    def tokens(self, slots: Sequence[int], first: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
+        """Wait, then give as many tokens of each slot as `counts` says, from its token number in `first` on."""
         self.done.synchronize()
-        columns = (torch.tensor(first_steps)[:, None] + torch.arange(count)[None, :]) % RING
+        if not slots:
+            return []
+        most = max(counts)
+        columns = (torch.tensor(first)[:, None] + torch.arange(most)[None, :]) % RING
         found: list[list[int]] = self.host[torch.tensor(slots)[:, None], columns].tolist()
-        return found
+        return [tokens[:count] for tokens, count in zip(found, counts, strict=True)]
+
+    def drawn(self, slot: int) -> tuple[int, int]:
+        """Wait, then give the tokens that the slot's request has drawn since it began, and the guesses made in this slot."""
+        self.done.synchronize()
+        return int(self.host[slot, RING]), int(self.host[slot, RING + 1])
 
 
 class CudaRunner:
@@ -64,35 +73,37 @@ class CudaRunner:
                 f"the CUDA backend needs compute capability 9.0 (Hopper) or newer, and {torch.cuda.get_device_name(device)} has "
                 f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}: use device 'cpu' or a newer GPU"
             )
-        if kv_cache_dtype not in CACHE_DTYPES:
-            raise EngineError(f"kv_cache_dtype {kv_cache_dtype!r} is unknown: use one of {', '.join(CACHE_DTYPES)}")
         model = read_config(config.model)
         self._config, self._model_config, self._device = config, model, device
-        kind = CACHE_DTYPES[kv_cache_dtype]
-        bits = _bits(quantization, model, config.block_size)
-        self._make_weights = lambda: _make_weights(config, model, device, quantization, bits, fused_qkv=kind is torch.bfloat16)
-        weights = self._make_weights()
-        shape = (model.num_hidden_layers, config.num_blocks + 1, 2, model.num_key_value_heads, config.block_size, model.head_dim)
-        _check_memory(shape, kind, config)
-        cache = torch.zeros(shape, dtype=kind, device=device)
-        scales = torch.zeros(shape[:-1], dtype=torch.float16, device=device) if kind.itemsize == 1 else None
         width = -(-(config.max_model_len + RING) // config.block_size)
-        self.slots = SlotTable(config.max_num_seqs, width, config.num_blocks, device)
-        largest = bucket_of(config.max_num_seqs)
-        if largest > config.max_num_seqs:
+        guests = GUESTS if config.num_speculative_tokens else 0
+        self.slots = SlotTable(config.max_num_seqs, width, config.num_blocks, device, guests)
+        largest = bucket_of(max(config.max_num_seqs, guests and MOST_ROWS))
+        if largest > len(self.slots.rows):
             self.slots.rows = torch.full((largest,), self.slots.scratch, dtype=torch.int32, device=device)
-        self.model = CudaLlama(model, weights, cache, scales, self.slots, largest)
-        few = quantization not in CODES and FewRows.supports(model, config.block_size, bits)
-        self._few = FewRows(self.model) if few else None
-        self._draws = DrawWorkspace(largest, model.vocab_size, device)
-        self._graphs = DecodeGraphs(self._decode_step, lambda bucket: self._set_rows((), bucket))
+        self._models = [load_model(config, config.model, model, self.slots, kv_cache_dtype, quantization, largest)]
+        if config.speculative_model is not None:
+            draft = read_config(config.speculative_model)
+            check_vocabulary(config, draft.vocab_size, model.vocab_size)
+            quantization, rows = config.speculative_quantization, 2 * MOST_REQUESTS
+            self._models.append(
+                load_model(config, config.speculative_model, draft, self.slots, kv_cache_dtype, quantization, rows)
+            )
+        self.stepper, *drafts = (loaded.stepper for loaded in self._models)
+        self.model = self.stepper.model
+        self._guesses: Guesses | None = None
+        if guests:
+            most, longest = config.num_speculative_tokens, config.max_model_len + RING
+            self._guesses = Guesses(self.slots, most, longest, drafts[0] if drafts else None)
+        self._graphs = DecodeGraphs(self._decode_step, self._point_at_scratch)
         self._adapters: set[str] = set()
         self._pool: AdapterPool | None = None  # made for the first adapter
         self._owners: dict[int, str | None] = {}  # the adapter of each slot
         self._copies = torch.cuda.Stream(device)
-        ring = self.slots.ring
+        board = (len(self.slots.tokens), RING + 2)
         self._snapshots = [
-            (torch.empty_like(ring), torch.empty(ring.shape, dtype=ring.dtype).pin_memory()) for _ in range(SNAPSHOTS)
+            (torch.zeros(board, dtype=torch.int32, device=device), torch.empty(board, dtype=torch.int32).pin_memory())
+            for _ in range(SNAPSHOTS)
         ]
         self._published = 0
         self._asleep: Asleep | None = None
@@ -109,7 +120,8 @@ class CudaRunner:
         )
         if self._pool is None:
             config, largest = self._config, len(self.slots.rows)
-            self._pool = AdapterPool(self._model_config, config.max_loras, config.max_lora_rank, largest, self._device)
+            shape = PREFILL if config.deterministic else DECODE
+            self._pool = AdapterPool(self._model_config, config.max_loras, config.max_lora_rank, largest, self._device, shape)
         self._pool.load(adapter)
         self._adapters.add(name)
 
@@ -122,9 +134,9 @@ class CudaRunner:
         """Free cache, weights and adapters (level 1: their bytes wait in host memory; level 2: the adapters' only). Slots stay."""
         torch.cuda.synchronize()
         self._graphs.forget()
-        caches = [self.model.cache] if self.model.scales is None else [self.model.cache, self.model.scales]
+        caches = [cache for loaded in self._models for cache in loaded.caches]
         adapters = None if self._pool is None else self._pool.products
-        self._asleep = Asleep(self.model.weights, adapters, caches, level)
+        self._asleep = Asleep([loaded.stepper.model.weights for loaded in self._models], adapters, caches, level)
         torch.cuda.empty_cache()
 
     def wake_up(self) -> None:
@@ -135,7 +147,7 @@ class CudaRunner:
         if self._asleep is None:
             return
         try:
-            self._asleep.wake_up(self._make_weights, lambda: torch.cuda.mem_get_info()[0])
+            self._asleep.wake_up(lambda: [loaded.make_weights() for loaded in self._models], lambda: torch.cuda.mem_get_info()[0])
         finally:
             torch.cuda.empty_cache()
         self._asleep = None
@@ -170,12 +182,47 @@ class CudaRunner:
     @torch.inference_mode()
     def launch_decode(self, slots: Sequence[int], times: int) -> None:
         """`times` tokens for each slot, from its state on the GPU; returns before they are drawn."""
-        bucket = bucket_of(len(slots))
-        adapted = any(self._owners.get(slot) is not None for slot in slots)
-        kind = Kind(self.slots.any_filtered(slots), adapted)
+        bucket, kind = bucket_of(len(slots)), self._kind(slots)
         self._graphs.ensure(bucket, kind)
         self.slots.upload_tables()
         self._set_rows(slots, bucket)
+        self._graphs.replay(bucket, times, kind)
+
+    def guesses_per_request(self, requests: int) -> int:
+        """Guesses that each of so many requests may have in a step; 0: none."""
+        return 0 if self._guesses is None else self._guesses.per_request(requests)
+
+    @property
+    def drafts(self) -> bool:
+        """Whether a draft model guesses, which must `catch_up` with what it has not computed."""
+        return self._guesses is not None and self._guesses.drafts
+
+    @torch.inference_mode()
+    def remember(self, slot: int, tokens: Sequence[int]) -> None:
+        """Tell those who guess what a request has said; once, because the GPU remembers what it draws."""
+        assert self._guesses is not None
+        self._guesses.remember(slot, tokens)
+
+    @torch.inference_mode()
+    def catch_up(self, slot: int, tokens: Sequence[int], first: int) -> None:
+        """Let the draft model compute known `tokens` of a request, from position `first` on. Its pages must hold them."""
+        assert self._guesses is not None
+        self.slots.upload_tables()
+        for start in range(0, len(tokens), self._config.max_num_batched_tokens):
+            self._guesses.catch_up(slot, tokens[start : start + self._config.max_num_batched_tokens], first + start)
+
+    @torch.inference_mode()
+    def launch_guesses(self, slots: Sequence[int], times: int, guesses: int) -> None:
+        """`times` steps with `guesses` for each slot, no more than `guesses_per_request`; each step draws a token, and one for every right
+        guess. Returns before they are drawn."""
+        assert self._guesses is not None
+        bucket, kind = self._guesses.bucket_of(len(slots)), self._kind(slots)._replace(guesses=guesses)
+        self._graphs.ensure(bucket, kind)
+        self.slots.upload_tables()
+        self._guesses.set_parents(slots, bucket)
+        if self._pool is not None:
+            owners = [self._owners.get(slot) for slot in slots for _ in range(guesses + 1)]
+            self._pool.set_rows(owners, bucket * (guesses + 1))
         self._graphs.replay(bucket, times, kind)
 
     @torch.inference_mode()
@@ -209,15 +256,18 @@ class CudaRunner:
         snapshot, host = self._snapshots[self._published % SNAPSHOTS]
         self._published += 1
         # The next steps overwrite the ring while the copy is under way, but not this snapshot.
-        snapshot.copy_(self.slots.ring)
-        ready = torch.cuda.Event()
+        snapshot[:, :RING].copy_(self.slots.ring)
+        if self._guesses is not None:
+            snapshot[:, RING].copy_(self.slots.steps)
+            snapshot[:, RING + 1].copy_(self._guesses.guessed)
+        ready = torch.cuda.Event(enable_timing=True)
         ready.record()
         self._copies.wait_event(ready)
         with torch.cuda.stream(self._copies):
             host.copy_(snapshot, non_blocking=True)
             done = torch.cuda.Event()
             done.record()
-        return Ticket(host, done)
+        return Ticket(host, ready, done)
 
     def warm_up(self, batches: Sequence[int]) -> None:
         """Capture the graphs of these batch sizes now instead of at first use."""
@@ -228,38 +278,46 @@ class CudaRunner:
     def _is_decode(self, chunk: Chunk) -> bool:
         return len(chunk.tokens) == 1 and chunk.sample and drawing.is_plain(chunk.params, chunk.generated)
 
+    def _kind(self, slots: Sequence[int]) -> Kind:
+        return Kind(self.slots.any_filtered(slots), any(self._owners.get(slot) is not None for slot in slots))
+
     def _set_rows(self, slots: Sequence[int], bucket: int) -> None:
         """Batch row i belongs to slots[i] and uses its adapter; rows up to `bucket` are scratch."""
         self.slots.upload_rows(slots, bucket)
         if self._pool is not None:
             self._pool.set_rows([self._owners.get(slot) for slot in slots], bucket)
 
+    def _point_at_scratch(self, bucket: int, kind: Kind) -> None:
+        if kind.guesses:
+            assert self._guesses is not None
+            self._guesses.set_parents((), bucket)
+            if self._pool is not None:
+                self._pool.set_rows((), bucket * (kind.guesses + 1))
+        else:
+            self._set_rows((), bucket)
+
     def _decode_step(self, bucket: int, kind: Kind) -> None:
-        rows = self.slots.rows[:bucket]
-        update = self._pool.decode_update(bucket) if kind.adapted and self._pool is not None else None
-        if self._few is not None and bucket <= MOST_ROWS and update is None:
-            if kind.filtered:
-                self._draw_rows(rows, self._few.logits(rows), pdl=True, filtered=True)
-            else:
-                self._few.step(rows)
+        def step(rows: torch.Tensor) -> None:
+            update = self._pool.decode_update(len(rows)) if kind.adapted and self._pool is not None else None
+            self.stepper.step(rows, kind.filtered, update, kind.guesses + 1)
+
+        if kind.guesses:
+            assert self._guesses is not None
+            self._guesses.step(bucket, kind.guesses, step)
             return
-        hidden = self.model.decode_hidden(rows, update)
-        self._draw_rows(rows, hidden @ self.model.weights.head.T, pdl=True, filtered=kind.filtered)
+        rows = self.slots.rows[:bucket]
+        step(rows)
+        if self._guesses is not None:
+            self._guesses.note(rows, pdl=True)
 
     def _draw(self, slots: Sequence[int], hidden: torch.Tensor) -> None:
         rows = self._upload(slots).int()
-        limit, filtered = self._draws.values.numel() // self._draws.parts, self.slots.any_filtered(slots)
+        limit, filtered = self.stepper.most_rows, self.slots.any_filtered(slots)
         for first in range(0, len(slots), limit):
-            logits = hidden[first : first + limit] @ self.model.weights.head.T
-            self._draw_rows(rows[first : first + limit], logits, pdl=False, filtered=filtered)
-
-    def _draw_rows(self, rows: torch.Tensor, logits: torch.Tensor, pdl: bool, filtered: bool) -> None:
-        slots, draws = self.slots, self._draws
-        draw(logits, rows, slots.temperatures, slots.seeds, slots.steps, draws, pdl)
-        if filtered:
-            filters = (slots.top_ks, slots.top_ps, slots.min_ps)
-            draw_filtered(logits, rows, slots.temperatures, *filters, slots.seeds, slots.steps, draws, pdl)
-        advance(draws.values, draws.ids, draws.parts, rows, slots.tokens, slots.positions, slots.steps, slots.ring, pdl)
+            some = rows[first : first + limit]
+            self.stepper.draw_rows(some, self.model.head(hidden[first : first + limit]), pdl=False, filtered=filtered)
+            if self._guesses is not None:
+                self._guesses.note(some, pdl=False)
 
     def _prefill(self, chunks: Sequence[Chunk], ends: Sequence[int]) -> torch.Tensor:
         starts = [end - len(chunk.tokens) for chunk, end in zip(chunks, ends, strict=True)]
@@ -279,7 +337,7 @@ class CudaRunner:
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 [rows, vocab]: the products' sums are not rounded on the way."""
-        return torch.mm(hidden, self.model.weights.head.T, out_dtype=torch.float32)
+        return self.model.head(hidden, torch.float32)
 
     def _write(self, chunks: Sequence[Chunk], tokens: Sequence[int], positions: Sequence[int]) -> None:
         self.slots.write(
@@ -295,39 +353,3 @@ class CudaRunner:
 
     def _upload(self, values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64).pin_memory().to(self._device, non_blocking=True)
-
-
-def _bits(quantization: str, model: LlamaConfig, page: int) -> int:
-    """Bits of a weight that is quantized alone; 16 where none is."""
-    if quantization == "none" or quantization in CODES:
-        return 16
-    if quantization not in BITS:
-        raise EngineError(f"quantization {quantization!r} is unknown: use one of none, {', '.join((*BITS, *CODES))}")
-    if not FewRows.supports(model, page, BITS[quantization]):
-        raise EngineError(
-            f"quantization {quantization} needs sizes that are multiples of 512 or 768 and a block_size that is one of 16; here hidden_size is "
-            f"{model.hidden_size}, intermediate_size {model.intermediate_size} and block_size {page}: use none"
-        )
-    return BITS[quantization]
-
-
-def _make_weights(
-    config: EngineConfig, model: LlamaConfig, device: str, quantization: str, bits: int, fused_qkv: bool
-) -> Weights | PackedWeights | CodedWeights:
-    if config.load_format == "dummy":
-        weights = random_weights(model, torch.bfloat16, device, config.seed)
-    else:
-        weights = load_weights(config.model, model, torch.bfloat16, device)
-    if quantization in CODES:
-        return code_weights(weights, CODES[quantization])
-    return weights if bits == 16 else pack_weights(weights, bits, model.head_dim, fused_qkv)
-
-
-def _check_memory(shape: tuple[int, ...], kind: torch.dtype, config: EngineConfig) -> None:
-    need = torch.Size(shape).numel() * kind.itemsize
-    free, _ = torch.cuda.mem_get_info()
-    if need > free:
-        raise EngineError(
-            f"the KV cache of num_blocks {config.num_blocks} needs {need / 2**30:.1f} GiB and the GPU has {free / 2**30:.1f} GiB free: "
-            "lower num_blocks, use kv_cache_dtype fp8 or int8, or free the GPU"
-        )

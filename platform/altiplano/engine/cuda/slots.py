@@ -1,7 +1,8 @@
 """What a running request needs at every step, kept on the GPU from admission to its end.
 
 Row `scratch` (the last) belongs to nobody: rows that only fill a batch up point there, and what they write lands in a page of
-its own. A slot's page row is scratch behind the pages that the request holds, so a step too many does no harm.
+its own. A slot's page row is scratch behind the pages that the request holds, so a step too many does no harm. Between the
+requests' slots and scratch lie `guests`, which belong to the steps that check guesses (see `guesses.py`).
 """
 
 from collections.abc import Sequence
@@ -12,15 +13,15 @@ from altiplano_kernels.sampling.kernel import RING
 
 Filters = tuple[int, float, float]  # top_k (0: no limit), top_p, min_p
 NO_FILTERS: Filters = (0, 1.0, 0.0)
-STAGES = 4  # pinned buffers that take turns: the GPU may lag behind the host by this many uploads less one
 
 
 class SlotTable:
-    """Device tensors of `num_slots` + 1 rows, and the pinned host copies that feed them."""
+    """Device tensors of `num_slots` + `guests` + 1 rows."""
 
-    def __init__(self, num_slots: int, pages_per_slot: int, scratch_page: int, device: str) -> None:
-        rows = num_slots + 1
-        self.scratch, self.scratch_page, self.width = num_slots, scratch_page, pages_per_slot
+    def __init__(self, num_slots: int, pages_per_slot: int, scratch_page: int, device: str, guests: int = 0) -> None:
+        rows = num_slots + guests + 1
+        self.guests = range(num_slots, num_slots + guests)
+        self.scratch, self.scratch_page, self.width = rows - 1, scratch_page, pages_per_slot
 
         def zeros(dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(rows, dtype=dtype, device=device)
@@ -32,38 +33,33 @@ class SlotTable:
         self.ring = torch.zeros(rows, RING, dtype=torch.int32, device=device)
         self.tables = torch.full((rows, pages_per_slot), scratch_page, dtype=torch.int32, device=device)
         self.rows = torch.full((rows,), self.scratch, dtype=torch.int32, device=device)
-        self._host_tables = torch.full((rows, pages_per_slot), scratch_page, dtype=torch.int32)
-        self._pages: list[int] = [0] * rows
-        self._dirty = False
-        self._stages = [torch.empty_like(self._host_tables).pin_memory() for _ in range(STAGES)]
-        self._fences: list[torch.cuda.Event | None] = [None] * STAGES
-        self._turn = 0
+        self._held = [0] * rows  # places of each page row that are not scratch
+        self._changes: dict[int, int] = {}  # of the flat tables, not sent yet
+
+    @property
+    def columns(self) -> tuple[torch.Tensor, ...]:
+        """What `guessing.kernel.spread` copies from a request to its guests, and the ring."""
+        filters = (self.top_ks, self.top_ps, self.min_ps)
+        return (self.tokens, self.positions, self.steps, self.temperatures, self.seeds, *filters, self.ring)
 
     def set_pages(self, slot: int, pages: Sequence[int], fresh: bool) -> None:
         """Make `pages` the page row of a slot; only what was added since the last call is touched unless the slot is `fresh`."""
-        row = self._host_tables[slot]
-        known = 0 if fresh else self._pages[slot]
-        if fresh:
-            row.fill_(self.scratch_page)
-        if fresh or len(pages) > known:
-            row[known : len(pages)] = torch.tensor(pages[known:], dtype=torch.int32)
-            self._pages[slot] = len(pages)
-            self._dirty = True
+        held = self._held[slot]
+        if not fresh and len(pages) <= held:
+            return
+        first = 0 if fresh else held
+        values = [*pages[first:], *[self.scratch_page] * (held - len(pages))]
+        start = slot * self.width + first
+        self._changes.update(zip(range(start, start + len(values)), values, strict=True))
+        self._held[slot] = len(pages)
 
     def upload_tables(self) -> None:
-        """Send the page rows if any has changed; asynchronous."""
-        if not self._dirty:
+        """Send what `set_pages` has changed; asynchronous."""
+        if not self._changes:
             return
-        stage, fence = self._stages[self._turn], self._fences[self._turn]
-        if fence is not None:
-            fence.synchronize()
-        stage.copy_(self._host_tables)
-        self.tables.copy_(stage, non_blocking=True)
-        fence = torch.cuda.Event()
-        fence.record()
-        self._fences[self._turn] = fence
-        self._turn = (self._turn + 1) % STAGES
-        self._dirty = False
+        sent = self._send([list(self._changes), list(self._changes.values())], torch.int64)
+        self.tables.view(-1)[sent[0]] = sent[1].int()
+        self._changes.clear()
 
     def upload_rows(self, slots: Sequence[int], bucket: int) -> None:
         """Batch row i belongs to slots[i]; rows up to `bucket` are scratch."""

@@ -1,0 +1,96 @@
+"""A model in GPU memory: weights (quantized where asked), cache, and the steps on them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from altiplano.engine.config import EngineConfig, LlamaConfig
+from altiplano.engine.cuda.few_rows import FewRows
+from altiplano.engine.cuda.model import CudaLlama
+from altiplano.engine.cuda.quantized import BITS, CODES, CodedWeights, PackedWeights, code_weights, pack_weights
+from altiplano.engine.cuda.slots import SlotTable
+from altiplano.engine.cuda.stepper import Stepper
+from altiplano.engine.errors import EngineError
+from altiplano.engine.weights import Weights, load_weights, random_weights
+from altiplano_kernels.sampling.kernel import DrawWorkspace
+
+CACHE_DTYPES = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Steps of a model, and how to make its weights again."""
+
+    stepper: Stepper
+    make_weights: Callable[[], Weights | PackedWeights | CodedWeights]
+
+    @property
+    def caches(self) -> list[torch.Tensor]:
+        model = self.stepper.model
+        return [model.cache] if model.scales is None else [model.cache, model.scales]
+
+
+def load_model(
+    config: EngineConfig,
+    where: Path,
+    model: LlamaConfig,
+    slots: SlotTable,
+    kv_cache_dtype: str,
+    quantization: str,
+    max_batch: int,
+) -> Loaded:
+    """The model in the directory `where`, for steps over `slots` of up to `max_batch` rows, with a cache of `num_blocks` pages and scratch.
+
+    Raises:
+        EngineError: an unknown cache type or quantization, or too little memory (the message says how much is missing).
+    """
+    if kv_cache_dtype not in CACHE_DTYPES:
+        raise EngineError(f"kv_cache_dtype {kv_cache_dtype!r} is unknown: use one of {', '.join(CACHE_DTYPES)}")
+    kind, device = CACHE_DTYPES[kv_cache_dtype], str(slots.tokens.device)
+    bits = _bits(quantization, model, config.block_size)
+
+    def make_weights() -> Weights | PackedWeights | CodedWeights:
+        if config.load_format == "dummy":
+            weights = random_weights(model, torch.bfloat16, device, config.seed)
+        else:
+            weights = load_weights(where, model, torch.bfloat16, device)
+        if quantization in CODES:
+            return code_weights(weights, CODES[quantization])
+        return weights if bits == 16 else pack_weights(weights, bits, model.head_dim, fused_qkv=kind is torch.bfloat16)
+
+    weights = make_weights()
+    shape = (model.num_hidden_layers, config.num_blocks + 1, 2, model.num_key_value_heads, config.block_size, model.head_dim)
+    _check_memory(shape, kind, config)
+    cache = torch.zeros(shape, dtype=kind, device=device)
+    scales = torch.zeros(shape[:-1], dtype=torch.float16, device=device) if kind.itemsize == 1 else None
+    llama = CudaLlama(model, weights, cache, scales, slots, max_batch, config.deterministic)
+    few = None
+    if quantization not in CODES and not config.deterministic and FewRows.supports(model, config.block_size, bits):
+        few = FewRows(llama, steady=config.num_speculative_tokens > 0)
+    return Loaded(Stepper(llama, few, DrawWorkspace(max_batch, model.vocab_size, device)), make_weights)
+
+
+def _bits(quantization: str, model: LlamaConfig, page: int) -> int:
+    """Bits of a weight that is quantized alone; 16 where none is."""
+    if quantization == "none" or quantization in CODES:
+        return 16
+    if quantization not in BITS:
+        raise EngineError(f"quantization {quantization!r} is unknown: use one of none, {', '.join((*BITS, *CODES))}")
+    if not FewRows.supports(model, page, BITS[quantization]):
+        raise EngineError(
+            f"quantization {quantization} needs sizes that are multiples of 512 or 768 and a block_size that is one of 16; here hidden_size is "
+            f"{model.hidden_size}, intermediate_size {model.intermediate_size} and block_size {page}: use none"
+        )
+    return BITS[quantization]
+
+
+def _check_memory(shape: tuple[int, ...], kind: torch.dtype, config: EngineConfig) -> None:
+    need = torch.Size(shape).numel() * kind.itemsize
+    free, _ = torch.cuda.mem_get_info()
+    if need > free:
+        raise EngineError(
+            f"the KV cache of num_blocks {config.num_blocks} needs {need / 2**30:.1f} GiB and the GPU has {free / 2**30:.1f} GiB free: "
+            "lower num_blocks, use kv_cache_dtype fp8 or int8, or free the GPU"
+        )
