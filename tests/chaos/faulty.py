@@ -16,7 +16,7 @@ from ray.serve import Application
 from altiplano.serve import deployment
 from altiplano.serve import messages as m
 from altiplano.serve.application import parse
-from altiplano.serve.engine_client import RefusedError
+from altiplano.serve.engine_errors import RefusedError
 from altiplano.serve.metering import MeteredEngineClient
 
 FAULT = "fault.json"

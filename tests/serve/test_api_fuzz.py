@@ -53,5 +53,5 @@ def test_no_request_breaks_anything(fuzzed: Server, operation: Any) -> None:
             case.call_and_validate(base_url=fuzzed.url, checks=CHECKS, timeout=60)
 
     ask()
-    fuzzed.run(fuzzed.generator.client.wake_up())  # from the sleep that one of the operations is
+    fuzzed.run(fuzzed.generator.client.sleep.end())  # from the sleep that one of the operations is
     assert fuzzed.generator.client.restarts == 0, "a request ended the engine"

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from altiplano.serve import deployment, engine_client
-from altiplano.serve.engine_client import EngineDiedError
+from altiplano.serve.engine_errors import EngineDiedError
 
 from .conftest import Server
 from .test_gate import LONG, SHORT

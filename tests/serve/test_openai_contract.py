@@ -12,7 +12,7 @@ import pytest
 from openai import OpenAI
 
 from altiplano.serve import messages as m
-from altiplano.serve.engine_client import EngineDiedError
+from altiplano.serve.engine_errors import EngineDiedError
 
 from .conftest import Server
 

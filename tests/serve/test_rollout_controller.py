@@ -16,7 +16,7 @@ import pytest
 from altiplano.serve import messages as m
 from altiplano.serve.adapters import name_of
 from altiplano.serve.arms import Arms
-from altiplano.serve.engine_client import RefusedError
+from altiplano.serve.engine_errors import RefusedError
 from altiplano.serve.evidence import AbClient, NoEvidenceError, Reading
 from altiplano.serve.outcomes import Outcomes
 from altiplano.serve.rollout import Phase, Plan, State

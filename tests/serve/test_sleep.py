@@ -13,8 +13,8 @@ import httpx
 import psutil
 import pytest
 
-from altiplano.serve import deployment, engine_client
-from altiplano.serve.engine_client import RefusedError
+from altiplano.serve import deployment, engine_sleep
+from altiplano.serve.engine_errors import RefusedError
 
 from .conftest import Server, make_adapter, settings
 from .test_gate import LONG, SHORT, Guarded
@@ -34,7 +34,7 @@ def endpoint(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def guarded(endpoint: Guarded) -> Iterator[Guarded]:
     yield endpoint
     endpoint.idle()
-    endpoint.run(endpoint.generator.client.wake_up())
+    endpoint.run(endpoint.generator.client.sleep.end())
 
 
 @pytest.fixture
@@ -120,9 +120,9 @@ def test_wait_lets_them_end_and_nobody_begins(guarded: Guarded, admin: httpx.Cli
     with guarded.stopped():
         asked = under_way(guarded, admin, pool, 1)
         sleeping = pool.submit(admin.post, "/sleep", params={"mode": "wait"})
-        guarded.until(lambda: bool(client.sleep_level))
+        guarded.until(lambda: bool(client.sleep.level))
         assert admin.post("/v1/completions", json=SHORT).status_code == 503
-        assert not sleeping.done() and not client.turning, "who hangs while it waits is started again"
+        assert not sleeping.done() and not client.sleep.turning, "who hangs while it waits is started again"
     assert asked.result().json()["choices"][0]["finish_reason"] == "length"
     assert asked.result().json()["usage"]["completion_tokens"] == 400
     assert sleeping.result().json()["is_sleeping"] is True
@@ -135,7 +135,7 @@ def test_abort_ends_them_with_an_error(guarded: Guarded, admin: httpx.Client, po
         with guarded.stopped():
             asked = under_way(guarded, admin, pool, 9)
             sleeping = pool.submit(admin.post, "/sleep", params={"mode": "abort", "level": 2})
-            guarded.until(lambda: bool(guarded.generator.client.sleep_level))
+            guarded.until(lambda: bool(guarded.generator.client.sleep.level))
         refused, rest = asked.result(), list(filter(None, lines))
     assert refused.status_code == 503 and refused.json()["error"]["code"] == "engine_asleep"
     assert rest[-1] == "data: [DONE]" and "was put to sleep before the answer was complete" in rest[-2]
@@ -147,8 +147,8 @@ def test_an_engine_that_cannot_sleep_aborts_nobody(guarded: Guarded, admin: http
     with guarded.stopped():
         asked = under_way(guarded, admin, pool, 1)
         # No such level: the route would have refused it.
-        sleeping = asyncio.run_coroutine_threadsafe(guarded.generator.client.sleep(3, "abort"), guarded.loop)
-        guarded.until(lambda: bool(guarded.generator.client.sleep_level))
+        sleeping = asyncio.run_coroutine_threadsafe(guarded.generator.client.sleep.begin(3, "abort"), guarded.loop)
+        guarded.until(lambda: bool(guarded.generator.client.sleep.level))
     with pytest.raises(RefusedError, match="sleep level 3 is unknown"):
         sleeping.result()
     assert asked.result().json()["choices"][0]["finish_reason"] == "length" and answer(admin)
@@ -159,9 +159,9 @@ def test_waking_up_takes_back_a_sleep_that_still_waits(guarded: Guarded, admin: 
     with guarded.stopped():
         asked = under_way(guarded, admin, pool, 1)
         sleeping = [pool.submit(admin.post, "/sleep", params={"mode": "wait"}) for _ in range(2)]
-        guarded.until(lambda: len(client._turns) == 2)
+        guarded.until(lambda: len(client.sleep._turns) == 2)
         waking = pool.submit(admin.post, "/wake_up")
-        guarded.until(lambda: len(client._turns) == 3)
+        guarded.until(lambda: len(client.sleep._turns) == 3)
     assert [one.result().status_code for one in sleeping] == [409, 409]
     assert "woken up before it slept" in sleeping[0].result().json()["error"]["message"]
     assert waking.result().json()["is_sleeping"] is False
@@ -174,8 +174,8 @@ def test_who_asks_may_leave_and_it_falls_asleep_all_the_same(guarded: Guarded, a
     with guarded.stopped():
         with pytest.raises(httpx.ReadTimeout):
             admin.post("/sleep", timeout=0.3)
-        assert client.sleep_level == 1 and len(client._turns) == 1
-    guarded.until(lambda: not client._turns)
+        assert client.sleep.level == 1 and len(client.sleep._turns) == 1
+    guarded.until(lambda: not client.sleep._turns)
     assert admin.get("/is_sleeping").json()["is_sleeping"] is True
     assert admin.post("/v1/completions", json=SHORT).status_code == 503
 
@@ -184,7 +184,7 @@ def test_a_sleep_that_takes_too_long_leaves_it_awake(
     guarded: Guarded, admin: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with guarded.stopped():
-        monkeypatch.setattr(engine_client, "TURN_TIMEOUT_S", 0.1)
+        monkeypatch.setattr(engine_sleep, "TIMEOUT_S", 0.1)
         refused = admin.post("/sleep")
     assert refused.status_code == 409 and "in time" in refused.json()["error"]["message"]
     assert admin.get("/ready").status_code == 200 and answer(admin)
@@ -268,7 +268,7 @@ def test_a_test_of_models_takes_sleep_for_nobodys_failure(
             asked = pool.submit(admin.post, "/v1/completions", json=tested)
             guarded.until(lambda: len(guarded.generator.client._streams) == 9)
             sleeping = pool.submit(admin.post, "/sleep", params={"mode": "abort"})
-            guarded.until(lambda: bool(guarded.generator.client.sleep_level))
+            guarded.until(lambda: bool(guarded.generator.client.sleep.level))
         assert asked.result().status_code == 503 and "engine_asleep" in "".join(lines)
     assert sleeping.result().status_code == 200
     assert admin.post("/v1/completions", json=CHAMPION).status_code == 503
@@ -302,7 +302,7 @@ def test_replicas_sleep_together_or_not_at_all(
         assert asked.result().status_code == 200
         assert httpx.post(f"{other.url}/v1/completions", json=SHORT, timeout=60).status_code == 200
 
-        other.run(other.generator.client.sleep(1))
+        other.run(other.generator.client.sleep.begin(1))
         told = admin.get("/is_sleeping").json()
         assert told["is_sleeping"] is False and [replica["level"] for replica in told["replicas"]] == [0, 1]
         assert admin.post("/sleep").json()["is_sleeping"] is True
@@ -324,10 +324,10 @@ def test_ray_serve_is_not_confused(guarded: Guarded, admin: httpx.Client, monkey
     with guarded.stopped():
         with pytest.raises(httpx.ReadTimeout):
             admin.post("/sleep", timeout=0.2)
-        assert client.turning
+        assert client.sleep.turning
         guarded.run(endpoint.check_health(found))
         assert admin.get("/health").status_code == 200
-    guarded.until(lambda: not client.turning)
+    guarded.until(lambda: not client.sleep.turning)
     guarded.run(endpoint.check_health(SimpleNamespace(_patience_s=60)))
     assert client.restarts == restarts and guarded.run(endpoint.record_autoscaling_stats(found)) == {}
     assert client.pid is not None and psutil.pid_exists(client.pid)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from altiplano.models.manifest import manifest_digest, verify_manifest
-from altiplano.serve.engine_client import EngineClient, EngineDiedError, RefusedError
+from altiplano.serve.engine_client import EngineClient
+from altiplano.serve.engine_errors import EngineDiedError, RefusedError
 
 BASE = "base"  # what answers without an adapter
 

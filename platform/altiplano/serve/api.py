@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 
 from altiplano.serve.call import current_call
-from altiplano.serve.engine_client import EngineDiedError, RefusedError
+from altiplano.serve.engine_errors import EngineDiedError, RefusedError
 from altiplano.serve.errors import ApiError
 from altiplano.serve.experiment import SESSION_HEADER
 from altiplano.serve.feedback import FeedbackRequest
@@ -76,7 +76,7 @@ def add_api(app: FastAPI, make_generator: Callable[[], Generator]) -> None:
     async def ready() -> Response:
         """200 while requests can be taken: the engine has its model in memory, and is awake."""
         client = make_generator().client
-        client.check_awake()
+        client.sleep.check_awake()
         if not client.ready:
             raise ApiError(503, "the engine is starting: try again in a moment", code="engine_starting", retry_after=2)
         return JSONResponse({"status": "ready"})
@@ -113,7 +113,7 @@ async def _answer(
     shaped: Callable[[dict[str, Any]], dict[str, Any]] = lambda answer: answer,
 ) -> Response:
     # What would be refused is refused before the first byte, so that the status can say so.
-    generator.client.check_awake()
+    generator.client.sleep.check_awake()
     generator.adapter_of(body.model)
     for prompt in prompts:
         generator.sampling(body, len(prompt))

@@ -13,7 +13,7 @@ from altiplano.serve.api import add_api
 from altiplano.serve.call import current_call
 from altiplano.serve.changes import add_changes
 from altiplano.serve.connection import Connection
-from altiplano.serve.engine_client import EngineDiedError
+from altiplano.serve.engine_errors import EngineDiedError
 from altiplano.serve.errors import ApiError
 from altiplano.serve.experiment_routes import add_experiment
 from altiplano.serve.forward import Forward
@@ -74,7 +74,7 @@ def create_app(make_generator: Callable[[], Generator], governance: Governance |
         """200 while the engine answers within seconds, or loads or copies weights to fall asleep or to wake up."""
         client = make_generator().client
         try:
-            if not client.turning:
+            if not client.sleep.turning:
                 await client.stats(HEALTH_TIMEOUT_S)
         except (TimeoutError, EngineDiedError) as error:
             return ApiError(503, f"the engine does not answer ({error})", retry_after=2).response()

@@ -17,10 +17,11 @@ from tokenizers import Tokenizer
 
 from altiplano import spec
 from altiplano.data.templates import ChatTemplate
+from altiplano.serve import engine_sleep
 from altiplano.serve.app import create_app
 from altiplano.serve.autoscaling import load_of
 from altiplano.serve.control import CHANGE, DEPLOYMENT, DeployError
-from altiplano.serve.engine_client import TURN_TIMEOUT_S, EngineDiedError
+from altiplano.serve.engine_errors import EngineDiedError
 from altiplano.serve.errors import ApiError
 from altiplano.serve.feedback import counts_at
 from altiplano.serve.forward import Forwarded, Frame, answered
@@ -155,7 +156,7 @@ class Endpoint:
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """The load of this replica for the policy. An engine that does not answer, or sleeps, reports nothing, which holds the number."""
         assert _Process.governance is not None
-        if current().client.sleep_level:
+        if current().client.sleep.level:
             return {}
         stats = await current().client.stats(STATS_TIMEOUT_S)
         buckets = cumulative_buckets(_Process.governance.metrics.first_token.collect())
@@ -164,7 +165,7 @@ class Endpoint:
     async def check_health(self) -> None:
         """Starts an engine that hangs again; fails, so that Serve replaces this replica, when there is no engine to be had."""
         client = current().client
-        if client.turning:
+        if client.sleep.turning:
             return  # it loads or copies weights, within a time of its own
         try:
             await client.stats(self._patience_s)
@@ -224,7 +225,7 @@ async def _changes(change: str) -> list[dict[str, Any]]:
 
 
 async def _sleep(method: str, *args: Any) -> list[dict[str, Any]]:
-    return await _all_replicas("turn", method, *args, timeout_s=TURN_TIMEOUT_S + SNAPSHOT_TIMEOUT_S)
+    return await _all_replicas("turn", method, *args, timeout_s=engine_sleep.TIMEOUT_S + SNAPSHOT_TIMEOUT_S)
 
 
 async def _in_test(method: str, *args: Any) -> list[dict[str, Any]]:

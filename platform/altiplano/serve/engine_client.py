@@ -8,37 +8,19 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any, Protocol
 
 from altiplano.serve import messages as m
-from altiplano.serve.errors import ApiError
+from altiplano.serve.engine_errors import AsleepError, EngineDiedError, RefusedError
+from altiplano.serve.engine_sleep import EngineSleep
 from altiplano.serve.settings import ServeSettings
 
 START_TIMEOUT_S = 600.0
 CALL_TIMEOUT_S = 60.0
 COMMAND = [sys.executable, "-m", "altiplano.serve.engine_process"]
-TURN_TIMEOUT_S = 600.0  # to fall asleep, with the answers that are waited for, or to wake up
 LATE = f"it did not load its model within {START_TIMEOUT_S:g} s"
-
-
-class EngineDiedError(RuntimeError):
-    """The engine's process ended while a request was in flight; a new one is being started."""
-
-
-class RefusedError(ValueError):
-    """The engine does not take this request or adapter."""
-
-
-ASLEEP = "engine_asleep"
-
-
-class AsleepError(ApiError):
-    """The engine sleeps, or is about to."""
-
-    def __init__(self, message: str = "the engine sleeps: an administrator has to wake it up (POST /wake_up)") -> None:
-        super().__init__(503, message, code=ASLEEP)
 
 
 class Watch(Protocol):
@@ -73,9 +55,7 @@ class EngineClient:
         self._writer: asyncio.StreamWriter | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._failure: str | None = None
-        self._turns = set[asyncio.Task[None]]()  # falling asleep or waking up
-        self.sleep_level = 0  # 0: awake; what was asked for, from the moment on that it was
-        self._slept = 0  # the same, but what the engine has confirmed
+        self.sleep = EngineSleep(self._call, lambda: self._send(m.WakeUp(next(self._numbers))), lambda: len(self._streams))
         self.vocab_size = 0
         self.eos_token_ids: tuple[int, ...] = ()
         self.restarts = 0
@@ -156,7 +136,7 @@ class EngineClient:
             EngineDiedError: the process ended on the way.
             AsleepError: the engine sleeps, or was put to sleep on the way.
         """
-        self.check_awake()
+        self.sleep.check_awake()
         if not self.ready:
             raise EngineDiedError("the engine is starting: try again in a moment")
         stream = self._streams[request_id] = _Stream(watch)
@@ -191,65 +171,6 @@ class EngineClient:
     @property
     def adapters(self) -> list[str]:
         return sorted(self._adapters)
-
-    def check_awake(self) -> None:
-        """
-        Raises:
-            AsleepError: it sleeps, or is about to.
-        """
-        if self.sleep_level:
-            raise AsleepError
-
-    @property
-    def turning(self) -> bool:
-        """Whether the engine is busy falling asleep or waking up, and may answer nobody meanwhile."""
-        return bool(self._turns) and not self._streams
-
-    async def sleep(self, level: int, mode: str | None = None) -> None:
-        """Give the engine's memory back, until `wake_up` and over restarts of the process; nobody begins from now on. See Engine.sleep.
-
-        `mode`: what becomes of requests that run: "wait" for their ends, "abort" them; None: they forbid it.
-
-        Raises:
-            RefusedError: requests run, or the engine cannot sleep. It is as it was.
-            EngineDiedError: the process ended, and starts again awake. TimeoutError: requests did not end; it stays awake.
-        """
-        if mode is None and self._streams:
-            raise RefusedError(f"{len(self._streams)} answers are under way: wait for them (mode=wait), or end them (mode=abort)")
-        self.sleep_level = self.sleep_level or level
-        await self._turn(self._fall_asleep(level, mode == "abort"))
-
-    async def wake_up(self) -> None:
-        """End `sleep`, or take it back while it waits. Returns when requests are taken.
-
-        Raises:
-            RefusedError: there is too little memory now, or the checkpoint cannot be read; it sleeps on.
-            EngineDiedError: the process ended. TimeoutError: it does not wake up.
-        """
-        if self.sleep_level:
-            await self._turn(self._wake_up())
-
-    async def _turn(self, change: Coroutine[Any, Any, None]) -> None:
-        """Go on to the end though who asked may leave: what is known here stays what the engine is."""
-        task = asyncio.create_task(change)
-        self._turns.add(task)
-        task.add_done_callback(self._turns.discard)
-        await asyncio.shield(task)
-
-    async def _fall_asleep(self, level: int, abort: bool) -> None:
-        try:
-            await self._call(lambda call: m.Sleep(call, level, abort), TURN_TIMEOUT_S)
-            self._slept = level
-        except TimeoutError:
-            self._send(m.WakeUp(next(self._numbers)))
-            raise
-        finally:
-            if len(self._turns) == 1:  # nobody else's wish is open
-                self.sleep_level = self._slept
-
-    async def _wake_up(self) -> None:
-        await self._call(m.WakeUp, TURN_TIMEOUT_S)
-        self.sleep_level = self._slept = 0
 
     async def stats(self, timeout_s: float = CALL_TIMEOUT_S) -> dict[str, float]:
         """The engine's counters. Raises TimeoutError when it does not answer: it hangs, or a step takes that long."""
@@ -321,7 +242,7 @@ class EngineClient:
                 stream = self._streams.get(token.request_id)
                 if stream is None:
                     continue
-                if self.sleep_level and token.finish_reason == "abort":
+                if self.sleep.level and token.finish_reason == "abort":
                     stream.news.put_nowait(AsleepError("the engine was put to sleep before the answer was complete"))
                     continue
                 if stream.watch is not None:
@@ -339,8 +260,8 @@ class EngineClient:
             self.vocab_size, self.eos_token_ids = report.vocab_size, report.eos_token_ids
             for name, path in self._adapters.items():
                 self._send(m.LoadAdapter(next(self._numbers), name, path))
-            if self.sleep_level:
-                self._send(m.Sleep(next(self._numbers), self.sleep_level))
+            if self.sleep.level:
+                self._send(m.Sleep(next(self._numbers), self.sleep.level))
             self._ready.set()
         else:
             self._failure = report.error

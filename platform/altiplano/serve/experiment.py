@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from altiplano.serve import outcomes
 from altiplano.serve.arms import Arms, sticky_key
 from altiplano.serve.call import Call, current_call
-from altiplano.serve.engine_client import ASLEEP, AsleepError, RefusedError
+from altiplano.serve.engine_errors import ASLEEP, AsleepError, RefusedError
 from altiplano.serve.feedback import FeedbackRequest, Scores, answer_id, arm_of
 from altiplano.serve.forward import Forwarded, Frame
 from altiplano.serve.outcomes import Outcomes, Recorder, Trial

@@ -11,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from altiplano.engine.steps import REMEMBERED, Histogram
 from altiplano.serve.call import current_call
 from altiplano.serve.cost import report
-from altiplano.serve.engine_client import EngineDiedError
+from altiplano.serve.engine_errors import EngineDiedError
 from altiplano.serve.errors import ApiError
 from altiplano.serve.generation import Generator
 from altiplano.serve.governance import Governance
@@ -71,6 +71,6 @@ async def _engine(find: Callable[[], Generator]) -> tuple[dict[str, float] | Non
         return None, 0, None, 0
     try:
         found = await client.measure(0, STATS_TIMEOUT_S)
-        return found.stats, client.restarts, found.histograms, client.sleep_level
+        return found.stats, client.restarts, found.histograms, client.sleep.level
     except (TimeoutError, EngineDiedError):
-        return None, client.restarts, None, client.sleep_level
+        return None, client.restarts, None, client.sleep.level

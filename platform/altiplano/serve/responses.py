@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 from altiplano import __version__
 from altiplano.serve.call import current_call
 from altiplano.serve.choices import ChatChoice, CompletionChoice
-from altiplano.serve.engine_client import EngineDiedError, RefusedError
+from altiplano.serve.engine_errors import EngineDiedError, RefusedError
 from altiplano.serve.errors import ApiError
 from altiplano.serve.generation import Generator
 from altiplano.serve.protocol import ChatRequest, CompletionRequest

@@ -10,7 +10,8 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-from altiplano.serve.engine_client import EngineClient, EngineDiedError, RefusedError
+from altiplano.serve.engine_client import EngineClient
+from altiplano.serve.engine_errors import EngineDiedError, RefusedError
 from altiplano.serve.errors import ApiError
 from altiplano.serve.openapi import answers, query_of
 
@@ -28,17 +29,17 @@ class Sleeping:
 
     async def told(self) -> dict[str, Any]:
         """{"replica", "is_sleeping", "level"}."""
-        level = self._client.sleep_level
+        level = self._client.sleep.level
         return {"replica": self._replica, "is_sleeping": level > 0, "level": level}
 
     async def sleep(self, level: int, mode: str | None) -> dict[str, Any]:
         """What `told` says then, and under "error" why it does not sleep, under "fresh" whether it was awake before."""
-        fresh = not self._client.sleep_level
-        return await self._tried(self._client.sleep(level, mode)) | {"fresh": fresh}
+        fresh = not self._client.sleep.level
+        return await self._tried(self._client.sleep.begin(level, mode)) | {"fresh": fresh}
 
     async def wake_up(self) -> dict[str, Any]:
         """What `told` says then, and under "error" why it does not wake up."""
-        return await self._tried(self._client.wake_up())
+        return await self._tried(self._client.sleep.end())
 
     async def everywhere(self, method: str, *args: Any) -> list[dict[str, Any]]:
         """What a method of this class says on each replica."""
