@@ -58,7 +58,19 @@ def run(engine: VllmEngine) -> dict[str, list[TokenOutput]]:
 
 
 def test_it_has_the_methods_of_our_engine_that_the_engines_process_calls() -> None:
-    for name in ("add_request", "abort", "has_unfinished", "is_blocked", "step", "load_adapter", "unload_adapter", "stats"):
+    for name in (
+        "add_request",
+        "abort",
+        "has_unfinished",
+        "is_blocked",
+        "step",
+        "load_adapter",
+        "unload_adapter",
+        "stats",
+        "check_sleep",
+        "sleep",
+        "wake_up",
+    ):
         ours, theirs = (inspect.signature(getattr(kind, name)).parameters for kind in (Engine, VllmEngine))
         assert [*theirs][: len(ours)] == [*ours]
         assert all(theirs[more].default is not inspect.Parameter.empty for more in [*theirs][len(ours) :])
@@ -226,3 +238,24 @@ def test_without_its_package_the_error_says_what_to_install(config: EngineConfig
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(EngineError, match=r"install vllm>=0\.26.*or use engine altiplano"):
         VllmEngine(config)
+
+
+def test_its_steps_are_booked_as_far_as_vllm_tells(engine: VllmEngine) -> None:
+    for name, prompt in (("a", [5, 6]), ("b", [7, 8, 9])):
+        engine.add_request(name, prompt, SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True))
+    told = run(engine)
+    found = engine.step_log.last()
+    assert sum(record.generated_tokens for record in found) == sum(map(len, told.values())) == 6
+    assert sum(record.prompt_tokens + record.cached_tokens for record in found) == 5
+    assert [record.decodes for record in found] == [0, *[2] * (len(found) - 1)] and len(found) == engine.stats().steps > 1
+    assert sum(record.seconds for record in found) == pytest.approx(engine.stats().step_seconds)
+
+
+def test_it_does_not_sleep_and_says_so_before_anybody_is_aborted(engine: VllmEngine) -> None:
+    engine.add_request("a", [5, 6], SamplingParams(max_tokens=3))
+    assert engine.unfinished == ["a"]
+    for refuse in (engine.check_sleep, engine.sleep):
+        with pytest.raises(EngineError, match="use engine altiplano"):
+            refuse(1)
+    engine.wake_up()
+    assert run(engine)["a"][-1].finish_reason is not None
