@@ -143,9 +143,7 @@ def test_answers_under_a_target_are_those_without_on_a_real_model(llama: tuple[P
     assert steps[0] < steps[1], "a target that cannot be met cuts prompts as small as it may"
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"itl_target_ms": 0.0}, {"itl_target_ms": float("nan")}, {"itl_target_ms": 5.0, "device": "cuda"}]
-)
+@pytest.mark.parametrize("wrong", [{"itl_target_ms": 0.0}, {"itl_target_ms": float("nan")}])
 def test_targets_that_cannot_work_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="itl_target_ms"):
         EngineConfig(Path("x"), **wrong)  # type: ignore[arg-type]

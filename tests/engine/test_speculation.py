@@ -80,7 +80,13 @@ def test_many_requests_at_once_are_not_guessed(llama: tuple[Path, LlamaForCausal
     assert engine.stats().guessed_tokens == 0
 
 
-@pytest.mark.parametrize("wrong", [{"num_speculative_tokens": -1}, {"num_speculative_tokens": 4, "device": "cuda"}])
+@pytest.mark.parametrize("wrong", [{"num_speculative_tokens": -1}, {"num_speculative_tokens": 16, "device": "cuda"}])
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="num_speculative_tokens"):
         EngineConfig(Path("x"), **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_quantization_of_no_draft_is_refused(device: str) -> None:
+    with pytest.raises(ValueError, match="speculative_quantization"):
+        EngineConfig(Path("x"), device=device, num_speculative_tokens=2, speculative_quantization="int4")
