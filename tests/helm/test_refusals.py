@@ -93,10 +93,38 @@ WRONG: list[tuple[str, Values]] = [
     ),
     ("endpoint.engine.quantization", {"endpoint": {"engine": {"device": "cpu", "quantization": "int4"}, "gpusPerReplica": 0}}),
     ("endpoint.engine.block_size", {"endpoint": {"engine": {"quantization": "int8", "block_size": 8}}}),
-    ("endpoint.engine.num_speculative_tokens", {"endpoint": {"engine": {"num_speculative_tokens": 4}}}),
+    ("endpoint.engine.num_speculative_tokens", {"endpoint": {"engine": {"num_speculative_tokens": 16}}}),
+    ("num_speculative_tokens", {"endpoint": {"engine": {"num_speculative_tokens": 33}}}),
     ("endpoint.engine.engine", {"endpoint": {"engine": {"engine": "vllm", "quantization": "int4"}}}),
-    ("endpoint.engine.itl_target_ms", {"endpoint": {"engine": {"itl_target_ms": 20}}}),
-    ("endpoint.engine.itl_target_ms and deterministic", {"endpoint": {"engine": {"deterministic": True}}}),
+    (
+        "endpoint.engine.engine: vllm has neither num_spec",
+        {"endpoint": {"engine": {"engine": "vllm", "num_speculative_tokens": 4}}},
+    ),
+    ("endpoint.engine.engine: vllm has neither num_spec", {"endpoint": {"engine": {"engine": "vllm", "itl_target_ms": 20}}}),
+    ("endpoint.engine.engine: vllm has neither num_spec", {"endpoint": {"engine": {"engine": "vllm", "deterministic": True}}}),
+    ("itl_target_ms", {"endpoint": {"engine": {"itl_target_ms": 0}}}),
+    ("endpoint.engine.deterministic", {"endpoint": {"engine": {"deterministic": True, "quantization": "w8a8-int8"}}}),
+    (
+        "endpoint.engine.speculative_quantization: has no",
+        {"endpoint": {"engine": {"num_speculative_tokens": 4, "speculative_quantization": "int4"}}},
+    ),
+    (
+        "endpoint.engine.speculative_quantization: needs a GPU",
+        {"endpoint": {"engine": {"device": "cpu", "dtype": "float32", "speculative_quantization": "int4"}, "gpusPerReplica": 0}},
+    ),
+    (
+        "endpoint.engine.block_size",
+        {
+            "endpoint": {
+                "engine": {
+                    "num_speculative_tokens": 4,
+                    "speculative_model": "/models/1b",
+                    "speculative_quantization": "int8",
+                    "block_size": 8,
+                }
+            }
+        },
+    ),
     (
         "endpoint.engine.speculative_model",
         {"endpoint": {"engine": {"device": "cpu", "dtype": "float32", "speculative_model": "/models/1b"}, "gpusPerReplica": 0}},

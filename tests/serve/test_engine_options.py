@@ -58,10 +58,16 @@ def test_a_draft_a_latency_target_and_determinism_reach_the_engine_and_change_no
 
 def test_the_process_reads_every_option() -> None:
     settings = ServeSettings(
-        str(cria_path()), "cria", num_speculative_tokens=2, speculative_model="/drafts/1b", itl_target_ms=20.0
+        str(cria_path()),
+        "cria",
+        num_speculative_tokens=2,
+        speculative_model="/drafts/1b",
+        speculative_quantization="int4",
+        itl_target_ms=20.0,
     )
     read = engine_settings(settings)
     assert (read["speculative_model"], read["itl_target_ms"], read["deterministic"]) == ("/drafts/1b", 20.0, False)
+    assert read["speculative_quantization"] == "int4"
     assert Path(read["model"]) == cria_path()
 
 

@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from altiplano.engine import EngineConfig
+from altiplano.pipeline.stages.deploy import serve_settings
+from altiplano.serve.engine_client import engine_settings
 from altiplano.spec.errors import SpecError
 from altiplano.spec.loader import load, render, resolve_overrides
 from altiplano.spec.schema import docs_page, json_schema
@@ -61,11 +64,6 @@ def test_values_know_where_they_come_from(tmp_path: Path) -> None:
         ),
         (("run: {name: test}", "run: {name: test}\nserve: {speculative_model: x}"), "", "set serve.num_speculative_tokens"),
         (("run: {name: test}", "run: {name: test}\nserve: {itl_target_ms: 0}"), ":8: serve.itl_target_ms", "greater than 0"),
-        (
-            ("run: {name: test}", "run: {name: test}\nscaling: {use_gpu: true}\nserve: {deterministic: true}"),
-            "",
-            "for the CPU backend so far",
-        ),
     ],
 )
 def test_mistakes_are_named_with_their_line(tmp_path: Path, change: tuple[str, str], place: str, words: str) -> None:
@@ -74,6 +72,44 @@ def test_mistakes_are_named_with_their_line(tmp_path: Path, change: tuple[str, s
         load(path)
     assert f"{path}{place}" in str(caught.value)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "serve", "words"),
+    [
+        (True, "num_speculative_tokens: 16", "is 16, and a GPU checks at most 15 guesses"),
+        (True, "deterministic: true, quantization: w8a8-fp8", "serve.deterministic is not for serve.quantization w8a8-fp8"),
+        (True, "num_speculative_tokens: 4, speculative_quantization: int4", "has no serve.speculative_model"),
+        (True, "engine: vllm, num_speculative_tokens: 4", "are not for serve.engine vllm"),
+        (True, "engine: vllm, itl_target_ms: 20", "are not for serve.engine vllm"),
+        (True, "engine: vllm, deterministic: true", "are not for serve.engine vllm"),
+        (False, "num_speculative_tokens: 4, speculative_model: x, speculative_quantization: int8", "need a GPU"),
+        (False, "quantization: w8a8-int8", "need a GPU"),
+        (False, "kv_cache_dtype: fp8", "need a GPU"),
+    ],
+)
+def test_what_the_engine_would_refuse_is_refused_before_the_training(tmp_path: Path, gpu: bool, serve: str, words: str) -> None:
+    text = GOOD + f"scaling: {{use_gpu: {str(gpu).lower()}}}\nserve: {{{serve}}}\n"
+    with pytest.raises(SpecError, match=words):
+        load(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "serve"),
+    [
+        (True, "num_speculative_tokens: 15, itl_target_ms: 20, deterministic: true, quantization: int4, kv_cache_dtype: fp8"),
+        (True, "num_speculative_tokens: 4, speculative_model: x, speculative_quantization: int4, quantization: w8a8-fp8"),
+        (False, "num_speculative_tokens: 32, speculative_model: x, itl_target_ms: 20, deterministic: true"),
+    ],
+)
+def test_modes_of_the_engine_may_be_combined(tmp_path: Path, gpu: bool, serve: str) -> None:
+    text = GOOD + f"scaling: {{use_gpu: {str(gpu).lower()}}}\nserve: {{{serve}}}\n"
+    read = load(write(tmp_path, text)).pipeline
+    asked = engine_settings(serve_settings(read, "/model", "orders", "/adapter", None))
+    engine = EngineConfig(**{name: value for name, value in asked.items() if name not in ("engine", "threads")})
+    for name in ("num_speculative_tokens", "speculative_model", "itl_target_ms", "deterministic", "quantization"):
+        assert getattr(engine, name) == getattr(read.serve, name)
+    assert engine.speculative_quantization == read.serve.speculative_quantization
 
 
 def test_all_mistakes_come_at_once(tmp_path: Path) -> None:

@@ -141,19 +141,29 @@ What a schema cannot say: rules between values, and the rules that only KubeRay'
 {{- if and (eq .engine.device "cpu") (ne (.engine.quantization | default "none") "none") -}}
 {{- $wrong = append $wrong "endpoint.engine.quantization: needs a GPU: leave it at none with device cpu" -}}
 {{- end -}}
-{{- if and (eq .engine.device "cuda") (.engine.num_speculative_tokens | default 0) -}}
-{{- $wrong = append $wrong "endpoint.engine.num_speculative_tokens: is for the CPU backend so far: leave it out with device cuda" -}}
+{{- if and (eq .engine.device "cpu") (ne (.engine.speculative_quantization | default "none") "none") -}}
+{{- $wrong = append $wrong "endpoint.engine.speculative_quantization: needs a GPU: leave it at none with device cpu" -}}
 {{- end -}}
-{{- if and (eq .engine.device "cuda") (or (hasKey .engine "itl_target_ms") .engine.deterministic) -}}
-{{- $wrong = append $wrong "endpoint.engine.itl_target_ms and deterministic: are for the CPU backend so far: leave them out with device cuda" -}}
+{{- if and (ne (.engine.speculative_quantization | default "none") "none") (not .engine.speculative_model) -}}
+{{- $wrong = append $wrong "endpoint.engine.speculative_quantization: has no endpoint.engine.speculative_model: name one, or leave it out" -}}
+{{- end -}}
+{{- if and (eq .engine.device "cuda") (gt (int (.engine.num_speculative_tokens | default 0)) 15) -}}
+{{- $wrong = append $wrong (printf "endpoint.engine.num_speculative_tokens: a GPU checks at most 15 guesses in a step, not %d" (int .engine.num_speculative_tokens)) -}}
+{{- end -}}
+{{- if and .engine.deterministic (hasPrefix "w8a8" (.engine.quantization | default "none")) -}}
+{{- $wrong = append $wrong (printf "endpoint.engine.deterministic: is not for quantization %s: use none, int8 or int4" .engine.quantization) -}}
 {{- end -}}
 {{- if and (eq (.engine.engine | default "altiplano") "vllm") (or (eq .engine.device "cpu") (ne (.engine.quantization | default "none") "none") (eq (.engine.kv_cache_dtype | default "auto") "int8")) -}}
 {{- $wrong = append $wrong "endpoint.engine.engine: vllm needs device cuda, and has neither quantization nor kv_cache_dtype int8" -}}
 {{- end -}}
+{{- if and (eq (.engine.engine | default "altiplano") "vllm") (or .engine.num_speculative_tokens (hasKey .engine "itl_target_ms") .engine.deterministic) -}}
+{{- $wrong = append $wrong "endpoint.engine.engine: vllm has neither num_speculative_tokens nor itl_target_ms nor deterministic: leave them out" -}}
+{{- end -}}
 {{- if and .engine.speculative_model (not .engine.num_speculative_tokens) -}}
 {{- $wrong = append $wrong "endpoint.engine.speculative_model: guesses nothing: set endpoint.engine.num_speculative_tokens above 0" -}}
 {{- end -}}
-{{- if and (ne (.engine.quantization | default "none") "none") (eq (int (.engine.block_size | default 32)) 8) -}}
+{{- $codes := list "int8" "int4" -}}
+{{- if and (or (has .engine.quantization $codes) (has .engine.speculative_quantization $codes)) (eq (int (.engine.block_size | default 32)) 8) -}}
 {{- $wrong = append $wrong "endpoint.engine.block_size: quantized weights need 16 or more" -}}
 {{- end -}}
 {{- if lt (int64 .engine.kv_cache_tokens) (int64 .engine.max_model_len) -}}

@@ -321,6 +321,7 @@ def engine_settings(s: ServeSettings) -> dict[str, Any]:
         "quantization": s.quantization,
         "num_speculative_tokens": s.num_speculative_tokens,
         "speculative_model": s.speculative_model,
+        "speculative_quantization": s.speculative_quantization,
         "itl_target_ms": s.itl_target_ms,
         "deterministic": s.deterministic,
         "enable_prefix_caching": s.enable_prefix_caching,

@@ -25,6 +25,7 @@ class ServeSettings:
     quantization: str = "none"
     num_speculative_tokens: int = 0
     speculative_model: str | None = None
+    speculative_quantization: str = "none"
     itl_target_ms: float | None = None
     deterministic: bool = False
     enable_prefix_caching: bool = True

@@ -114,6 +114,7 @@ def serve_settings(pipeline: spec.Pipeline, model: str, served: str, adapter: st
         quantization=pipeline.serve.quantization,
         num_speculative_tokens=pipeline.serve.num_speculative_tokens,
         speculative_model=pipeline.serve.speculative_model,
+        speculative_quantization=pipeline.serve.speculative_quantization,
         itl_target_ms=pipeline.serve.itl_target_ms,
         deterministic=pipeline.serve.deterministic,
         enable_prefix_caching=pipeline.serve.enable_prefix_caching,
