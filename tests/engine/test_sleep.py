@@ -177,10 +177,12 @@ def part(seed: int) -> Part:
     return Part(embedding, tuple(layers), {"qkv": torch.randint(9, (30,), generator=dice).to(torch.uint8)}, embedding)
 
 
+@pytest.mark.parametrize("inferred", [False, True])
 @pytest.mark.parametrize("level", [1, 2])
-def test_storages_go_and_come_back_under_everything_that_points_to_them(level: int) -> None:
+def test_storages_go_and_come_back_under_everything_that_points_to_them(level: int, inferred: bool) -> None:
     """What the GPU does, on tensors of the host: see tests/gpu/test_sleep.py for the rest."""
-    weights, adapters, cache = part(1), {"up": torch.arange(6.0)}, torch.ones(4, 3, dtype=torch.float8_e4m3fn)
+    with torch.inference_mode(inferred):
+        weights, adapters, cache = part(1), {"up": torch.arange(6.0)}, torch.ones(4, 3, dtype=torch.float8_e4m3fn)
     views = weights.layers[0][2:4], adapters["up"][1:], cache[1]
     held = [*tensors_of(weights), adapters["up"], cache]
     asleep = Asleep(weights, adapters, [cache], level)

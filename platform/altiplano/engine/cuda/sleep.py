@@ -44,6 +44,7 @@ class Asleep:
                 raise self._too_little(free()) from error
             raise
 
+    @torch.inference_mode()  # some of the tensors may have been made in it
     def _grow(self, make_weights: Callable[[], object]) -> None:
         if self._weights:
             for tensor, fresh in zip(self._weights, tensors_of(make_weights()), strict=True):
