@@ -13,6 +13,7 @@ from altiplano.engine import Engine, EngineError, SamplingParams  # noqa: E402
 
 from .test_adapters import adapters  # noqa: E402, F401 (a fixture)
 from .test_adapters import make as make_with_adapters  # noqa: E402
+from .test_guesses import make as make_with_guesses  # noqa: E402
 from .test_runner import make, prompts, random_checkpoint  # noqa: E402
 
 ASKED = prompts(12, 1, 300)
@@ -77,8 +78,6 @@ def test_the_memory_is_free_for_others(checkpoint: Path, level: int) -> None:
 @pytest.mark.parametrize("level", [1, 2])
 def test_adapters_survive(adapters: tuple[Path, dict[str, Path]], level: int) -> None:  # noqa: F811
     engine = make_with_adapters(adapters)
-    for name, path in adapters[1].items():
-        engine.load_adapter(name, path)
     before = {name: said(engine, name) for name in (None, *adapters[1])}
     engine.sleep(level)
     assert all(tensor.untyped_storage().nbytes() == 0 for p in engine.runner._pool.products.values() for tensor in p[:3])  # type: ignore[attr-defined]
@@ -88,6 +87,17 @@ def test_adapters_survive(adapters: tuple[Path, dict[str, Path]], level: int) ->
     engine.unload_adapter(name)
     engine.load_adapter(name, path)
     assert said(engine, name) == before[name]
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_draft_model_sleeps_too(checkpoint: Path, level: int) -> None:
+    engine = make_with_guesses(checkpoint, 4, draft=checkpoint)
+    before, guessed = said(engine), engine.stats().guessed_tokens
+    engine.sleep(level)
+    caches = [cache for loaded in engine.runner._models for cache in loaded.caches]  # type: ignore[attr-defined]
+    assert [cache.untyped_storage().nbytes() for cache in caches] == [0, 0]
+    engine.wake_up()
+    assert said(engine) == before and engine.stats().guessed_tokens > guessed > 0
 
 
 def test_a_checkpoint_that_is_gone_leaves_it_asleep_until_it_is_back(tmp_path_factory: pytest.TempPathFactory) -> None:
