@@ -257,8 +257,9 @@ def adapter_update(
     x, out = (torch.randn(rows, wide, device="cuda", dtype=torch.bfloat16) for wide in (k, n))
     wanted, once = out.double(), out.clone()
     add_adapters(wanted, x.double(), down.double(), up.double(), gain.double(), bounds, owners, [rank] * adapters)
-    lora.add_adapters(once, x, down, up, gain, bounds, tiles, shape)
-    ms = graph_ms(lambda i: lora.add_adapters(out, x, down, up, gain, bounds, tiles, shape))
+    early = shape is lora.DECODE  # as the engine has it
+    lora.add_adapters(once, x, down, up, gain, bounds, tiles, shape, early)
+    ms = graph_ms(lambda i: lora.add_adapters(out, x, down, up, gain, bounds, tiles, shape, early))
     numbers = rank * (len(bounds) * k + n)
     moved = 2 * (len(set(owners) - {0}) * numbers + rows * (k + 2 * n))
     say(

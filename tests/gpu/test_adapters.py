@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 from altiplano.engine import Engine, EngineConfig, SamplingParams  # noqa: E402
+from altiplano_kernels.multi_lora.kernel import DECODE, add_adapters, list_tiles, most_tiles  # noqa: E402
 
 KINDS = ("lora", "rslora", "dora")
 
@@ -137,3 +138,40 @@ def test_a_new_adapter_in_the_place_of_an_old_one(adapters: tuple[Path, dict[str
     engine.load_adapter("lora", adapters[1]["rslora"])
     swapped = answers(engine, asked)
     assert swapped == answers(engine, [(asked[0][0], "rslora", asked[0][2])]) != first
+
+
+@pytest.mark.parametrize("rows", [1, 8, 100])
+def test_captured_updates_that_start_early_follow_the_list_and_the_rows(rows: int) -> None:
+    """Eight adapters at the sizes of gate and up: a new list of tiles and new rows in each replay of one graph."""
+    torch.manual_seed(rows)
+    adapters, rank, k, bounds = 8, 64, 2048, (8192, 16384)
+    ranks = [8, 64, 16, 3, 8, 33, 64, 1]
+    down, up = (
+        torch.randn(adapters, 2 * rank, k, device="cuda").bfloat16() * 0.02,
+        torch.randn(adapters, 16384, rank, device="cuda").bfloat16(),
+    )
+    gain = torch.rand(adapters, 16384, device="cuda").bfloat16()
+    given, x = (torch.randn(rows, width, device="cuda").bfloat16() for width in (16384, k))
+    count = most_tiles(rows, adapters, DECODE)
+    tiles = torch.tensor(list_tiles([0] * rows, ranks, DECODE, count), dtype=torch.int32, device="cuda")
+
+    def step(pdl: bool) -> torch.Tensor:
+        out = given.clone()
+        add_adapters(out, x, down, up, gain, bounds, tiles, DECODE, pdl)
+        add_adapters(out, x, down, up, gain, bounds, tiles, DECODE, pdl)
+        return out
+
+    step(True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(True)
+    for replay in range(5):
+        owners = [(3 * row + replay) % (adapters + 1) for row in range(rows)]
+        tiles.copy_(torch.tensor(list_tiles(owners, ranks, DECODE, count), dtype=torch.int32))
+        x.normal_()
+        graph.replay()
+        found = captured.clone()
+        assert found.equal(step(False))
+        untouched = torch.tensor(owners, device="cuda") == 0
+        assert found[untouched].equal(given[untouched])

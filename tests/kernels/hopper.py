@@ -49,12 +49,20 @@ def compile_kernel(name: str, kernel: triton.JITFunction, types: str, constants:
 
 
 def loras() -> None:
-    for name, shape in (("decode", lora.DECODE), ("prefill", lora.PREFILL)):
-        sizes = {"WIDE": 192, "RANK": 64, "ROWS": shape.rows, "HEADER": lora.HEADER, "SPLITS": shape.splits, "INTERPRETED": False}
-        shrink = {"K": 2048, "COLUMNS": 16, "DEPTH": shape.depth, **sizes}
+    for name, shape, columns in (("decode", lora.DECODE, 256), ("prefill", lora.PREFILL, 128)):
+        sizes = {
+            "WIDE": 192,
+            "RANK": 64,
+            "ROWS": shape.rows,
+            "HEADER": lora.HEADER,
+            "INTERPRETED": False,
+            "PDL": name == "decode",
+        }
+        shrink = {"K": 2048, "COLUMNS": 16, "SPAN": shape.span, "DEPTH": shape.depth, **sizes}
         compile_kernel(f"lora-shrink-{name}", lora._shrink_kernel, "*bf16 *bf16 *fp32 *i32 i32 i32", shrink, 4)
         types = "*fp32 *bf16 *bf16 *bf16 *i32 i32 i32 i32 i32"
-        compile_kernel(f"lora-expand-{name}", lora._expand_kernel, types, {"N": 3072, "COLUMNS": 128, **sizes}, 4)
+        expand = {"N": 3072, "COLUMNS": columns, "SPLITS": -(-2048 // shape.span), **sizes}
+        compile_kernel(f"lora-expand-{name}", lora._expand_kernel, types, expand, columns // 32)
 
 
 def eight_bits() -> None:
