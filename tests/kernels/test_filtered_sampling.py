@@ -16,7 +16,7 @@ from altiplano_kernels.sampling.reference import sample  # noqa: E402
 
 VOCAB, SMALL = 700, Sizes(256, 8, 128, 8)
 # Too little room for lists, or for more than one next draw: most rows are given up and done slowly.
-CRAMPED = [Sizes(256, 8, 16, 8), Sizes(256, 8, 128, 1), Sizes(128, 16, 64, 2)]
+CRAMPED = [Sizes(64, 4, 16, 8), Sizes(256, 8, 128, 1), Sizes(32, 4, 64, 2)]
 # top_k, top_p, min_p
 FILTERS = [
     (0, 0.9, 0.0), (0, 0.3, 0.0), (0, 1e-6, 0.0), (1, 1.0, 0.0), (7, 1.0, 0.0), (50, 0.8, 0.0), (699, 1.0, 0.0), (700, 0.5, 0.0),
@@ -84,12 +84,31 @@ def test_the_token_is_the_references(dtype: torch.dtype, scale: float, temperatu
         assert drawn(logits, FILTERS, temperature, seed) == wanted(logits, FILTERS, temperature, seed)
 
 
-@pytest.mark.parametrize("sizes", CRAMPED)
-def test_rows_that_do_not_fit_have_the_same_tokens(sizes: Sizes) -> None:
-    generator = torch.Generator().manual_seed(8)
-    logits = torch.randn(len(FILTERS), VOCAB, generator=generator).bfloat16().to(DEVICE)
-    for seed in (3, 4):
-        assert drawn(logits, FILTERS, 1.1, seed, sizes) == wanted(logits, FILTERS, 1.1, seed)
+@pytest.mark.parametrize("sizes", [Sizes(256, 8, 128, 8), *CRAMPED])
+def test_no_token_too_many_or_too_few_is_kept(sizes: Sizes) -> None:
+    """Rows with many equal logits, whose draws among few tokens would show one more of them; and rows that do not fit."""
+    kinds = [
+        (2, 1.0, 0.0),
+        (3, 1.0, 0.0),
+        (22, 1.0, 0.0),
+        (20, 1.0, 0.6),
+        (0, 0.03, 0.0),
+        (30, 0.1, 0.0),
+        (0, 0.1, 0.2),
+        (0, 1.0, 0.5),
+    ]
+    generator, filters = torch.Generator().manual_seed(8), kinds * 6
+    logits = torch.randn(len(filters), 300, generator=generator)
+    logits[::2] = logits[::2].round()
+    logits = logits.bfloat16().to(DEVICE)
+    assert drawn(logits, filters, 1.6, 3, sizes) == wanted(logits, filters, 1.6, 3)
+
+
+def test_a_part_that_may_know_better_than_its_list_says_stops_the_search() -> None:
+    """Four next draws a part: behind the third of the row, the best of a part may be a fifth one that it has not listed."""
+    logits = torch.randn(80, 512, generator=torch.Generator().manual_seed(9)).to(DEVICE)
+    filters = [(0, 0.02, 0.0)] * len(logits)
+    assert drawn(logits, filters, 3.0, 7, Sizes(256, 8, 64, 4)) == wanted(logits, filters, 3.0, 7)
 
 
 def test_of_equal_logits_the_lower_ids_are_kept() -> None:
