@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 from altiplano_kernels.embed_norm.kernel import add_norm, add_norm_parts, embed_rows
 from altiplano_kernels.kv_write.kernel import MAX_CODE, rope_and_write
-from altiplano_kernels.linear.kernel import GATED_SOME, PARTS_SOME, Tiling, linear_parts, swiglu_linear
+from altiplano_kernels.linear.kernel import GATED, PARTS, Tiling, linear, linear_parts, swiglu_linear
 from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, choose_splits, decode
 from altiplano_kernels.prefill_attention.kernel import list_tiles, prefill
 from altiplano_kernels.rms_norm.reference import rms_norm
@@ -175,7 +175,10 @@ def test_norms(hidden: int) -> None:
     assert error(x, rms_norm(total.double(), weight.double(), 1e-5).cpu()) < 8e-3
 
 
-@pytest.mark.parametrize(("rows", "parts", "gated"), [(1, FEW, FEW_GATED), (13, FEW, FEW_GATED), (50, PARTS_SOME, GATED_SOME)])
+@pytest.mark.parametrize(
+    ("rows", "parts", "gated"),
+    [(1, FEW, FEW_GATED), (13, FEW, FEW_GATED), (50, PARTS, GATED), (50, PARTS._replace(early=True), GATED._replace(early=True))],
+)
 def test_products_of_few_rows(rows: int, parts: Tiling, gated: Tiling) -> None:
     torch.manual_seed(4)
     x = torch.randn(rows, 1024).to(torch.bfloat16).to(DEVICE).to(PRODUCTS)
@@ -184,6 +187,7 @@ def test_products_of_few_rows(rows: int, parts: Tiling, gated: Tiling) -> None:
     product, wide = x.double() @ w.double().T, swiglu_reference(x.double() @ w.double().T)
     found = linear_parts(x, w, parts)
     assert error(found.sum(0), product.cpu()) < 1e-5
+    assert error(linear(x, w, parts), product.cpu()) < 8e-3
     assert error(swiglu_linear(x, w, gated), wide.cpu()) < 8e-3
     total, out = product + residual.double(), torch.empty_like(residual)
     add_norm_parts(found, residual, weight[0], out, 1e-5)

@@ -13,7 +13,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 class Tiling(NamedTuple):
-    """Rows, columns and depth of a tile; parts that K is split into; pipeline stages; warps."""
+    """Rows, columns and depth of a tile; parts that K is split into; pipeline stages; warps; whether the first weights are asked for
+    before the wait for the kernel before."""
 
     rows: int
     columns: int
@@ -21,11 +22,19 @@ class Tiling(NamedTuple):
     splits: int
     stages: int
     warps: int
+    early: bool = False
 
 
-PARTS_SOME = Tiling(64, 64, 128, 4, 4, 4)  # up to 64 rows
-GATED_SOME = Tiling(64, 32, 128, 1, 3, 4)
+PARTS = Tiling(64, 64, 128, 4, 4, 4)
+GATED = Tiling(64, 32, 128, 1, 3, 4)
 MOST_ROWS = 64  # beyond, cuBLAS is faster
+# Measured on an H200 by benchmarks/engine/linears.py: products of weights [n, k] whose best tiling is another.
+TUNED: dict[tuple[int, int], Tiling] = {}
+
+
+def choose_tiling(n: int, k: int, gated: bool = False) -> Tiling:
+    """The tiling that was measured to be best for w: [n, k], or one that is good for most."""
+    return TUNED.get((n, k), GATED if gated else PARTS)
 
 
 def fits(tiling: Tiling, n: int, k: int) -> bool:
@@ -37,21 +46,27 @@ def fits(tiling: Tiling, n: int, k: int) -> bool:
 def _linear_kernel(
     x, w, out, M, stride_x, stride_part,
     N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SPLITS: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     part = tl.program_id(2)
     k = tl.arange(0, DEPTH)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     # Rows past the end repeat earlier ones: cheaper than a mask, and never stored.
     x_at = x + (m % M)[:, None] * stride_x + k[None, :]
     w_at = w + n[None, :] * K + k[:, None]
     begin = part * (K // SPLITS)
+    end = begin + K // SPLITS
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in tl.range(begin, begin + K // SPLITS, DEPTH, num_stages=STAGES):
+    if EARLY:
+        first = tl.load(w_at + begin)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    if EARLY:
+        acc = tl.dot(tl.load(x_at + begin), first, acc)
+        begin += DEPTH
+    for start in tl.range(begin, end, DEPTH, num_stages=STAGES):
         acc = tl.dot(tl.load(x_at + start), tl.load(w_at + start), acc)
     target = out + part * stride_part + m[:, None] * N + n[None, :]
     tl.store(target, acc.to(out.dtype.element_ty), mask=(m < M)[:, None])
@@ -60,20 +75,29 @@ def _linear_kernel(
 @triton.jit
 def _swiglu_linear_kernel(
     x, w, out, M, stride_x,
-    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+    EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     k = tl.arange(0, DEPTH)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     x_at = x + (m % M)[:, None] * stride_x + k[None, :]
     gate_at = w + n[None, :] * K + k[:, None]
     up_at = gate_at + N * K
     gate = tl.zeros((ROWS, COLUMNS), tl.float32)
     up = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in tl.range(0, K, DEPTH, num_stages=STAGES):
+    begin = 0
+    if EARLY:
+        first_gate, first_up = tl.load(gate_at), tl.load(up_at)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    if EARLY:
+        rows = tl.load(x_at)
+        gate = tl.dot(rows, first_gate, gate)
+        up = tl.dot(rows, first_up, up)
+        begin += DEPTH
+    for start in tl.range(begin, K, DEPTH, num_stages=STAGES):
         rows = tl.load(x_at + start)
         gate = tl.dot(rows, tl.load(gate_at + start), gate)
         up = tl.dot(rows, tl.load(up_at + start), up)
@@ -88,8 +112,21 @@ def linear_parts(x: torch.Tensor, w: torch.Tensor, tiling: Tiling, pdl: bool = F
     extra = {"launch_pdl": True} if pdl else {}
     _linear_kernel[(triton.cdiv(rows, tiling.rows), n // tiling.columns, tiling.splits)](
         x, w, out, rows, x.stride(0), out.stride(0),
-        N=n, K=k, ROWS=tiling.rows, COLUMNS=tiling.columns, DEPTH=tiling.depth, SPLITS=tiling.splits, STAGES=tiling.stages, PDL=pdl,
-        num_warps=tiling.warps, **extra,
+        N=n, K=k, ROWS=tiling.rows, COLUMNS=tiling.columns, DEPTH=tiling.depth, SPLITS=tiling.splits, STAGES=tiling.stages,
+        EARLY=tiling.early, PDL=pdl, num_warps=tiling.warps, **extra,
+    )  # fmt: skip
+    return out
+
+
+def linear(x: torch.Tensor, w: torch.Tensor, tiling: Tiling, pdl: bool = False) -> torch.Tensor:
+    """bf16 [rows, n]: x @ w.T, with one part. x: bf16 [rows, k]; w: bf16 [n, k]; n, k: multiples of the tile."""
+    rows, (n, k) = x.shape[0], w.shape
+    out = torch.empty(rows, n, dtype=torch.bfloat16, device=x.device)
+    extra = {"launch_pdl": True} if pdl else {}
+    _linear_kernel[(triton.cdiv(rows, tiling.rows), n // tiling.columns, 1)](
+        x, w, out, rows, x.stride(0), 0,
+        N=n, K=k, ROWS=tiling.rows, COLUMNS=tiling.columns, DEPTH=tiling.depth, SPLITS=1, STAGES=tiling.stages,
+        EARLY=tiling.early, PDL=pdl, num_warps=tiling.warps, **extra,
     )  # fmt: skip
     return out
 
@@ -101,7 +138,7 @@ def swiglu_linear(x: torch.Tensor, gate_up: torch.Tensor, tiling: Tiling, pdl: b
     extra = {"launch_pdl": True} if pdl else {}
     _swiglu_linear_kernel[(triton.cdiv(rows, tiling.rows), double // 2 // tiling.columns)](
         x, gate_up, out, rows, x.stride(0),
-        N=double // 2, K=k, ROWS=tiling.rows, COLUMNS=tiling.columns, DEPTH=tiling.depth, STAGES=tiling.stages, PDL=pdl,
-        num_warps=tiling.warps, **extra,
+        N=double // 2, K=k, ROWS=tiling.rows, COLUMNS=tiling.columns, DEPTH=tiling.depth, STAGES=tiling.stages,
+        EARLY=tiling.early, PDL=pdl, num_warps=tiling.warps, **extra,
     )  # fmt: skip
     return out

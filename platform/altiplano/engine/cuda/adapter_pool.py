@@ -106,15 +106,17 @@ class AdapterPool:
     def decode_update(self, bucket: int) -> Update:
         """The update of a decode step of `bucket` rows, by the list of the last `set_rows`. Capturable."""
         count = most_tiles(bucket, len(self._names), self._shape)
-        return self.update(self._tiles[: count * (HEADER + self._shape.rows)], self._shape)
+        return partial(self._add, self._tiles[: count * (HEADER + self._shape.rows)], self._shape, True)
 
     def update(self, tiles: torch.Tensor, shape: Shape) -> Update:
         """The update of rows by a list of `tiles`: int32, on the device."""
-        return partial(self._add, tiles, shape)
+        return partial(self._add, tiles, shape, False)
 
-    def _add(self, tiles: torch.Tensor, shape: Shape, name: str, layer: int, x: torch.Tensor, out: torch.Tensor) -> None:
+    def _add(
+        self, tiles: torch.Tensor, shape: Shape, pdl: bool, name: str, layer: int, x: torch.Tensor, out: torch.Tensor
+    ) -> None:
         product = self.products[name]
-        add_adapters(out, x, product.down[layer], product.up[layer], product.gain[layer], product.bounds, tiles, shape)
+        add_adapters(out, x, product.down[layer], product.up[layer], product.gain[layer], product.bounds, tiles, shape, pdl)
 
     def _numbers(self, owners: Sequence[str | None]) -> list[int]:
         """From 1; 0 for none."""

@@ -28,6 +28,21 @@ LEAST_SPLIT_ROWS = 17
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
 
 
+def _tilings(layer: AnyLayer | CodedLayer) -> dict[str, linear.Tiling]:
+    """Of our own products for a few dozen rows, where all of them fit; that of QKV may be missing, for it can be the library's."""
+    found: dict[str, linear.Tiling] = {}
+    if not isinstance(layer, Layer):
+        return found
+    for name in ("o", "gate_up", "down"):
+        n, k = getattr(layer, name).shape
+        tiling = linear.choose_tiling(n, k, name == "gate_up")
+        if not linear.fits(tiling, n // 2 if name == "gate_up" else n, k):
+            return {}
+        found[name] = tiling
+    n, k = layer.qkv.shape
+    return found | ({"qkv": linear.TUNED[n, k]} if (n, k) in linear.TUNED else {})
+
+
 class CudaLlama:
     """Weights and paged cache. cache: [layers, blocks, 2, kv_heads, page, head_dim]; scales: [layers, blocks, 2, kv_heads, page] or None.
 
@@ -54,12 +69,7 @@ class CudaLlama:
         kv_heads = config.num_key_value_heads
         # The batch whose splits need most room decides.
         need = max(batch * choose_splits(batch, kv_heads, config.head_dim) for batch in range(1, max_batch + 1))
-        layer = weights.layers[0]
-        self._splits = all(
-            linear.fits(linear.PARTS_SOME, *map(int, w.shape))
-            and linear.fits(linear.GATED_SOME, config.intermediate_size, config.hidden_size)
-            for w in ((layer.o, layer.down) if isinstance(layer, Layer) else ())
-        )
+        self.tilings = _tilings(weights.layers[0])
         self._clusters = fits(config.num_attention_heads, kv_heads, config.head_dim, cache.shape[4])
         self._workspace = DecodeWorkspace(max(need, max_batch), kv_heads, config.head_dim, device, 1)
 
@@ -150,9 +160,9 @@ class CudaLlama:
         config = self.config
         layers: Sequence[AnyLayer | CodedLayer] = self.weights.layers
         heads = config.num_attention_heads
-        split = pdl and LEAST_SPLIT_ROWS <= len(residual) <= linear.MOST_ROWS and update is None and self._splits
+        split = pdl and LEAST_SPLIT_ROWS <= len(residual) <= linear.MOST_ROWS and update is None and bool(self.tilings)
         for index, layer in enumerate(layers):
-            qkv = self._product(x, layer, "qkv")
+            qkv = self._split_qkv(x, layer, pdl) if split else self._product(x, layer, "qkv", pdl)
             if update is not None:
                 assert isinstance(x, torch.Tensor), "adapters read rows that are not quantized"
                 update("qkv", index, x, qkv)
@@ -163,7 +173,7 @@ class CudaLlama:
             if split and not isinstance(layer, CodedLayer):
                 x = self._finish_split(mixed, residual, layer, after, pdl)
             elif isinstance(layer, CodedLayer) and update is None:
-                x = self._finish_coded(mixed, residual, layer, after, after is self.weights.norm)
+                x = self._finish_coded(mixed, residual, layer, after, after is self.weights.norm, pdl)
             else:
                 x = self._finish(mixed, residual, index, after, update, pdl)
         assert isinstance(x, torch.Tensor), "the last layer leaves bf16"
@@ -180,15 +190,15 @@ class CudaLlama:
     ) -> torch.Tensor:
         """From attention to the next layer's input, in steps that adapters can add to."""
         layer, eps = self.weights.layers[index], self.config.rms_norm_eps
-        x = self._product(mixed, layer, "o")
+        x = self._product(mixed, layer, "o", pdl)
         if update is not None:
             update("o", index, mixed, x)
         add_norm(x, residual, layer.post_norm, x, eps, pdl)
-        gate_up = self._product(x, layer, "gate_up")
+        gate_up = self._product(x, layer, "gate_up", pdl)
         if update is not None:
             update("gate_up", index, x, gate_up)
         wide = swiglu(gate_up, torch.empty(len(x), gate_up.shape[1] // 2, dtype=x.dtype, device=x.device), pdl)
-        x = self._product(wide, layer, "down")
+        x = self._product(wide, layer, "down", pdl)
         if update is not None:
             update("down", index, wide, x)
         add_norm(x, residual, after, x, eps, pdl)
@@ -198,31 +208,38 @@ class CudaLlama:
         self, mixed: torch.Tensor, residual: torch.Tensor, layer: AnyLayer, after: torch.Tensor, pdl: bool
     ) -> torch.Tensor:
         """The same for a few rows: every kernel starts while the one before it ends."""
-        eps, parts = self.config.rms_norm_eps, linear.PARTS_SOME
+        eps, tilings = self.config.rms_norm_eps, self.tilings
         x = torch.empty_like(residual)
-        add_norm_parts(linear.linear_parts(mixed, layer.o, parts, pdl), residual, layer.post_norm, x, eps, pdl)
-        wide = linear.swiglu_linear(x, layer.gate_up, linear.GATED_SOME, pdl)
-        add_norm_parts(linear.linear_parts(wide, layer.down, parts, pdl), residual, after, x, eps, pdl)
+        add_norm_parts(linear.linear_parts(mixed, layer.o, tilings["o"], pdl), residual, layer.post_norm, x, eps, pdl)
+        wide = linear.swiglu_linear(x, layer.gate_up, tilings["gate_up"], pdl)
+        add_norm_parts(linear.linear_parts(wide, layer.down, tilings["down"], pdl), residual, after, x, eps, pdl)
         return x
 
+    def _split_qkv(self, x: torch.Tensor | w8a8.Codes, layer: AnyLayer | CodedLayer, pdl: bool) -> torch.Tensor:
+        tiling = self.tilings.get("qkv")
+        if tiling is None or not isinstance(layer, Layer) or not isinstance(x, torch.Tensor):
+            return self._product(x, layer, "qkv")
+        return linear.linear(x, layer.qkv, tiling, pdl)
+
     def _finish_coded(
-        self, mixed: torch.Tensor, residual: torch.Tensor, layer: CodedLayer, after: torch.Tensor, last: bool
+        self, mixed: torch.Tensor, residual: torch.Tensor, layer: CodedLayer, after: torch.Tensor, last: bool, pdl: bool
     ) -> torch.Tensor | w8a8.Codes:
         """The same on 8 bits: norm and SwiGLU leave the codes that the next product reads; the `last` norm leaves bf16."""
         eps, kind = self.config.rms_norm_eps, layer.kind
-        x = w8a8.linear(w8a8.quantize_rows(mixed, kind), layer.o)
-        gate_up = w8a8.linear(w8a8.add_norm(x, residual, layer.post_norm, eps, kind), layer.gate_up)
-        x = w8a8.linear(w8a8.swiglu(gate_up, kind), layer.down)
+        x = w8a8.linear_parts(w8a8.quantize_rows(mixed, kind, pdl), layer.o, pdl=pdl)
+        gate_up = w8a8.linear(w8a8.add_norm(x, residual, layer.post_norm, eps, kind, pdl), layer.gate_up, pdl=pdl)
+        x = w8a8.linear_parts(w8a8.swiglu(gate_up, kind, pdl), layer.down, pdl=pdl)
         if not last:
-            return w8a8.add_norm(x, residual, after, eps, kind)
-        add_norm(x, residual, after, x, eps)
-        return x
+            return w8a8.add_norm(x, residual, after, eps, kind, pdl)
+        out = torch.empty_like(residual)
+        add_norm_parts(x, residual, after, out, eps, pdl)
+        return out
 
-    def _product(self, x: torch.Tensor | w8a8.Codes, layer: AnyLayer | CodedLayer, name: str) -> torch.Tensor:
+    def _product(self, x: torch.Tensor | w8a8.Codes, layer: AnyLayer | CodedLayer, name: str, pdl: bool = False) -> torch.Tensor:
         """bf16 rows times a weight of a layer; the library's product where neither is quantized."""
         if isinstance(layer, CodedLayer):
-            codes = x if isinstance(x, w8a8.Codes) else w8a8.quantize_rows(x, layer.kind)
-            return w8a8.linear(codes, getattr(layer, name))
+            codes = x if isinstance(x, w8a8.Codes) else w8a8.quantize_rows(x, layer.kind, pdl)
+            return w8a8.linear(codes, getattr(layer, name), pdl=pdl)
         assert isinstance(x, torch.Tensor), "rows are quantized for coded layers only"
         weight: torch.Tensor = getattr(layer, name)
         return steady.linear(x, weight) if self.deterministic else x @ weight.T
