@@ -106,7 +106,7 @@ class AdapterPool:
     def decode_update(self, bucket: int) -> Update:
         """The update of a decode step of `bucket` rows, by the list of the last `set_rows`. Capturable."""
         count = most_tiles(bucket, len(self._names), self._shape)
-        return partial(self._add, self._tiles[: count * (HEADER + self._shape.rows)], self._shape, True)
+        return partial(self._add, self._tiles[: count * (HEADER + self._shape.rows)], self._shape, self._tiles.is_cuda)
 
     def update(self, tiles: torch.Tensor, shape: Shape) -> Update:
         """The update of rows by a list of `tiles`: int32, on the device."""
