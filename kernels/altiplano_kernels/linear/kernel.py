@@ -29,7 +29,10 @@ PARTS = Tiling(64, 64, 128, 4, 4, 4)
 GATED = Tiling(64, 32, 128, 1, 3, 4)
 MOST_ROWS = 64  # beyond, cuBLAS is faster
 # Measured on an H200 by benchmarks/engine/linears.py: products of weights [n, k] whose best tiling is another.
-TUNED: dict[tuple[int, int], Tiling] = {}
+TUNED = {
+    (3072, 8192): Tiling(64, 64, 128, 2, 4, 4),
+    (3072, 3072): Tiling(64, 64, 128, 2, 4, 4, True),
+}
 
 
 def choose_tiling(n: int, k: int, gated: bool = False) -> Tiling:
