@@ -1,20 +1,26 @@
 """The engine's features, two by two: what is asked of the engine for each, and the page that lists the pairs that are tested."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Feature:
-    """`params`: of SamplingParams; `settings`: of EngineConfig; `adapter`: of every other request."""
+    """`params`: of SamplingParams; `settings`: of EngineConfig, `gpu` on top of them on a GPU; `adapter`: of every other request."""
 
     name: str
     about: str
     params: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     adapter: str | None = None
+    gpu: Mapping[str, Any] = field(default_factory=dict)
+
+
+Pair = tuple[Feature, Feature]
 
 
 FEATURES = (
@@ -24,18 +30,27 @@ FEATURES = (
         "preemption",
         "pages for a third of what five requests need",
         settings={"num_blocks": 14, "block_size": 4, "max_model_len": 56},
+        gpu={"num_blocks": 6, "block_size": 16, "max_model_len": 96},
     ),
     Feature("priorities", "the last to come goes first"),
     Feature("abort", "a neighbour leaves in mid-answer"),
     Feature("sleep", "once between two runs, and the weights are loaded again"),
-    Feature("speculation", "guesses at the next tokens, every third of them wrong", settings={"num_speculative_tokens": 4}),
+    Feature(
+        "speculation",
+        "guesses at the next tokens: every third of them wrong; on a GPU from the request's own text",
+        settings={"num_speculative_tokens": 4},
+    ),
     Feature("draft model", "another model guesses, and is often wrong", settings={"num_speculative_tokens": 3}),
     Feature(
         "ITL target",
         "no more prompt tokens beside a decode than fit into half a millisecond",
         settings={"itl_target_ms": 0.5},
     ),
-    Feature("deterministic mode", "every token computed alone", settings={"deterministic": True}),
+    Feature(
+        "deterministic mode",
+        "to the bit what each would be told alone",
+        settings={"deterministic": True},
+    ),
     Feature("LoRA", "every other request with an adapter", adapter="lora"),
     Feature("DoRA", "every other request with an adapter that has magnitudes", adapter="dora"),
     Feature("seed", "temperature 0.9 with a seed", params={"temperature": 0.9, "seed": 11}),
@@ -54,46 +69,119 @@ FEATURES = (
     Feature("prompt logprobs", "of every token of the prompt", params={"prompt_logprobs": True}),
     Feature("structured output", "eight tokens to choose from at every step", params={"structured": True}),
 )
+ON_A_GPU_ONLY = (
+    Feature(
+        "INT4 draft",
+        "the guessing model with weights of 4 bits",
+        settings={"num_speculative_tokens": 3, "speculative_quantization": "int4"},
+    ),
+    Feature("FP8 KV", "8-bit keys and values", settings={"kv_cache_dtype": "fp8"}),
+    Feature("INT8 KV", "8-bit keys and values", settings={"kv_cache_dtype": "int8"}),
+    Feature("INT8 weights", "in groups of 128", settings={"quantization": "int8"}),
+    Feature("INT4 weights", "in groups of 128", settings={"quantization": "int4"}),
+    Feature("W8A8 FP8", "products in 8 bits", settings={"quantization": "w8a8-fp8"}),
+    Feature("W8A8 INT8", "products in 8 bits", settings={"quantization": "w8a8-int8"}),
+)
+GPU_FEATURES = (*FEATURES, *ON_A_GPU_ONLY)
+_NO_BITWISE = "the tiles of 8-bit products depend on the number of rows"
 REFUSED = {
     frozenset({"min tokens", "structured output"}): "the grammar decides where an answer ends",
+    frozenset({"deterministic mode", "W8A8 FP8"}): _NO_BITWISE,
+    frozenset({"deterministic mode", "W8A8 INT8"}): _NO_BITWISE,
 }
-ALTERNATIVES = {frozenset({"speculation", "draft model"}): "guesses come from the text itself or from a model"}
-PAIRS = tuple(pair for pair in combinations(FEATURES, 2) if frozenset(feature.name for feature in pair) not in ALTERNATIVES)
+# Of each group an engine has one.
+ALTERNATIVES = {
+    ("speculation", "draft model", "INT4 draft"): "guesses come from the text itself or from one model",
+    ("FP8 KV", "INT8 KV"): "a cache has one type",
+    ("INT8 weights", "INT4 weights", "W8A8 FP8", "W8A8 INT8"): "weights have one type",
+}
 COMMAND = "python tests/engine/features.py > docs/features.md"
+RESULTS = Path(__file__).parents[2] / "benchmarks/results/features.json"
 
 
-def is_refused(pair: tuple[Feature, Feature]) -> bool:
+def are_alternatives(pair: Pair) -> bool:
+    return any(pair[0].name in group and pair[1].name in group for group in ALTERNATIVES)
+
+
+def pairs_of(features: Sequence[Feature]) -> tuple[Pair, ...]:
+    return tuple(pair for pair in combinations(features, 2) if not are_alternatives(pair))
+
+
+PAIRS = pairs_of(FEATURES)
+GPU_PAIRS = pairs_of(GPU_FEATURES)
+
+
+def is_refused(pair: Pair) -> bool:
     return frozenset(feature.name for feature in pair) in REFUSED
 
 
-def mark(pair: tuple[Feature, Feature]) -> str:
-    if pair not in PAIRS:
-        return "or"
-    return "✗" if is_refused(pair) else "✓"
-
-
-def docs_page() -> str:
-    """docs/features.md."""
+def docs_page(results: Mapping[str, Any] | None) -> str:
+    """docs/features.md. `results`: what tests/gpu/test_feature_matrix.py has written, if it has been run."""
     lines = [
         "# What works together",
         "",
-        f"Written by `{COMMAND}` from the list that `tests/engine/test_feature_matrix.py` runs. ✓: on the CPU backend five requests that use both,",
-        "in one engine, answer token by token what a plain loop over transformers' logits answers, and end for the same reason with the same",
-        "log-probabilities. ✗: refused with a message. What the GPU backend is tested for is in `tests/gpu`.",
+        f"Written by `{COMMAND}`: the CPU's table from the list that `tests/engine/test_feature_matrix.py` runs in CI, the GPU's from what",
+        "`tests/gpu/test_feature_matrix.py` has found on a GPU. In both, five requests that use two features in one engine are asked.",
+        "",
+        "## On the CPU",
+        "",
+        "✓: they answer token by token what a plain loop over transformers' logits answers, and end for the same reason with the same",
+        "log-probabilities. ✗: refused with a message.",
+        "",
+        *_table(FEATURES, lambda pair: "✓"),
+        "",
+        "## On a GPU",
         "",
     ]
-    lines += ["| | " + " | ".join(str(i + 1) for i in range(len(FEATURES) - 1)) + " |", "|---|" + "---|" * (len(FEATURES) - 1)]
-    for row, feature in enumerate(FEATURES):
-        marks = [mark((FEATURES[column], feature)) for column in range(row)]
-        lines.append(f"| {row + 1} {feature.name} | " + " | ".join(marks + [""] * (len(FEATURES) - 1 - row)) + " |")
-    lines += ["", "What each one is in these tests:", ""]
-    lines += [f"{i + 1}. {feature.name}: {feature.about}" for i, feature in enumerate(FEATURES)]
+    if results is None:
+        lines.append("Not run yet.")
+    else:
+        lines += _gpu(results)
+    lines += ["", "## What each one is in these tests", ""]
+    lines += [f"{i + 1}. {feature.name}: {feature.about}" for i, feature in enumerate(GPU_FEATURES)]
     lines += ["", "Refused:", ""]
     lines += [f"- {' with '.join(sorted(names))}: {why}" for names, why in REFUSED.items()]
     lines += ["", "One or the other (or):", ""]
-    lines += [f"- {' and '.join(sorted(names))}: {why}" for names, why in ALTERNATIVES.items()]
+    lines += [f"- {', '.join(group)}: {why}" for group, why in ALTERNATIVES.items()]
     return "\n".join(lines) + "\n"
 
 
+def _gpu(results: Mapping[str, Any]) -> list[str]:
+    found = {frozenset(names): outcome for *names, outcome in results["pairs"]}
+    marks = {"passed": "✓", "failed": "!", "unknown": "?"}
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return [
+        f"{results['hardware']}, {versions}, commit {results['commit']}. The kernels add in bf16, and in an order that the number of rows decides:",
+        "✓ says that every token is the best one, under all rules of its request and with its noise, of the float32 model with the same quantized",
+        "weights, or closer to it than the rounding of bf16 explains; and the same of log-probabilities. In deterministic mode all is equal to the",
+        "bit, alone and together. ✗: refused with a message. !: it does not hold. ?: not run yet.",
+        "",
+        *_table(GPU_FEATURES, lambda pair: marks[found.get(frozenset(one.name for one in pair), "unknown")]),
+    ]
+
+
+def _table(features: Sequence[Feature], mark: Callable[[Pair], str]) -> list[str]:
+    """A row and a column for each of `features`; `mark`: of a pair that is run and not refused."""
+
+    def of(pair: Pair) -> str:
+        if are_alternatives(pair):
+            return "or"
+        return "✗" if is_refused(pair) else mark(pair)
+
+    lines = ["| | " + " | ".join(str(i + 1) for i in range(len(features) - 1)) + " |", "|---|" + "---|" * (len(features) - 1)]
+    for row, feature in enumerate(features):
+        marks = [of((features[column], feature)) for column in range(row)]
+        lines.append(f"| {row + 1} {feature.name} | " + " | ".join(marks + [""] * (len(features) - 1 - row)) + " |")
+    return lines
+
+
+def results() -> dict[str, Any] | None:
+    """What the GPU's run has written, if there was one."""
+    if not RESULTS.exists():
+        return None
+    found: dict[str, Any] = json.loads(RESULTS.read_text())
+    return found
+
+
 if __name__ == "__main__":
-    print(docs_page(), end="")
+    print(docs_page(results()), end="")

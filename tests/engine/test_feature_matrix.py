@@ -1,7 +1,6 @@
 """Every two features of the engine together answer what a plain loop over transformers' logits answers."""
 
 import itertools
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,25 +15,16 @@ from altiplano.engine.guessing import Wants
 from altiplano.engine.request import Request
 from altiplano_kernels.sampling.reference import sample
 
-from .conftest import VOCAB, bits, make_adapter, make_draft
-from .features import COMMAND, PAIRS, Feature, docs_page, is_refused
+from .conftest import VOCAB, make_adapter, make_draft
+from .feature_requests import Answer, Text, adapters_of, prompts, run, settings_of
+from .features import COMMAND, GPU_PAIRS, PAIRS, Feature, docs_page, is_refused, results
 
 ROOT = Path(__file__).parents[2]
-EOS, REQUESTS, NEW = 1, 5, 10
+EOS = 1
+TEXT = Text(VOCAB, (EOS,), prompts(VOCAB))
 ROOMY = {"num_blocks": 256, "block_size": 8, "max_model_len": 256, "enable_prefix_caching": False, "debug": True}
 Model = Callable[[list[int]], torch.Tensor]
 Key = tuple[int, str | None, str]
-
-
-@dataclass
-class Answer:
-    """What one request was told."""
-
-    tokens: list[int] = field(default_factory=list)
-    reason: str | None = None
-    logprobs: list[float] = field(default_factory=list)
-    top: list[tuple[int, ...]] = field(default_factory=list)
-    prompt_logprobs: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -46,20 +36,6 @@ class World:
     adapters: dict[str, Path]
     models: dict[str | None, Model]
     known: dict[Key, Answer] = field(default_factory=dict)
-
-
-def prompts() -> list[list[int]]:
-    """Half of them with a common beginning."""
-    rng = random.Random(3)
-    shared = [rng.randrange(3, VOCAB) for _ in range(20)]
-    own = [[rng.randrange(3, VOCAB) for _ in range(rng.randint(3, 25))] for _ in range(REQUESTS)]
-    return [shared + tokens if index % 2 else tokens for index, tokens in enumerate(own)]
-
-
-def allowed(request: int, step: int) -> list[int]:
-    """What a structured request may say next; the end is among it from the fifth token on."""
-    chosen = random.Random(100 * request + step).sample(range(3, VOCAB), 8)
-    return [*chosen, EOS] if step >= 4 else chosen
 
 
 @pytest.fixture(scope="module")
@@ -93,18 +69,8 @@ def plain_loop(model: Model, prompt: list[int], request: int, params: SamplingPa
         told.prompt_logprobs = [float(scores[i, token]) for i, token in enumerate(prompt[1:])]
     while told.reason is None:
         raw = model(tokens)[-1].float()
-        row = raw.clone()
         said = tokens[len(prompt) :]
-        for token in range(VOCAB):
-            if token in tokens and params.repetition_penalty != 1:
-                row[token] = row[token] / params.repetition_penalty if row[token] > 0 else row[token] * params.repetition_penalty
-            row[token] -= params.frequency_penalty * said.count(token) + params.presence_penalty * (token in said)
-        for token, bias in (params.logit_bias or {}).items():
-            row[token] += bias
-        if len(said) < params.min_tokens:
-            row[[EOS, *params.stop_token_ids]] = float("-inf")
-        if params.structured:
-            row[[token for token in range(VOCAB) if token not in allowed(request, len(said))]] = float("-inf")
+        row = TEXT.ruled(raw, prompt, said, request, params)
         if params.greedy:
             token = int(row.argmax())
         else:
@@ -146,41 +112,6 @@ class Foresight:
         assert 0 <= accepted <= proposed
 
 
-def settings_of(pair: tuple[Feature, Feature]) -> SamplingParams:
-    merged = {"temperature": 0.0, "max_tokens": NEW} | dict(pair[0].params) | dict(pair[1].params)
-    return SamplingParams(**merged)
-
-
-def run(engine: Engine, names: set[str], params: SamplingParams, adapters: list[str | None], namespace: str) -> list[Answer]:
-    """All requests through one engine; everybody's news in their answers."""
-    told = [Answer() for _ in range(REQUESTS)]
-    for index, prompt in enumerate(prompts()):
-        priority = -index if "priorities" in names else 0
-        engine.add_request(f"{index}", prompt, params, adapter=adapters[index], priority=priority, namespace=namespace)
-    if "abort" in names:
-        engine.add_request("neighbour", [7, 8, 9], SamplingParams(max_tokens=20, temperature=0.0))
-    steps = 0
-    while engine.has_unfinished():
-        if params.structured:
-            for index, answer in enumerate(told):
-                engine.allow(f"{index}", bits(allowed(index, len(answer.tokens))))
-        for output in engine.step():
-            if output.request_id == "neighbour":
-                continue
-            answer = told[int(output.request_id)]
-            answer.prompt_logprobs += output.prompt_logprobs
-            answer.reason = output.finish_reason
-            assert output.token_id is not None
-            answer.tokens.append(output.token_id)
-            if output.logprob is not None:
-                answer.logprobs.append(output.logprob)
-                answer.top.append(tuple(token for token, _ in output.top_logprobs))
-        steps += 1
-        if steps == 3:
-            engine.abort("neighbour")
-    return told
-
-
 def make_engine(world: World, pair: tuple[Feature, Feature], answers: list[tuple[list[int], list[int]]]) -> Engine:
     """On a clock of its own, so that nothing is found slow on a busy machine."""
     ticks = itertools.count()
@@ -199,33 +130,31 @@ def test_two_features_together(world: World, pair: tuple[Feature, Feature]) -> N
             settings_of(pair)
         return
     names, params = {feature.name for feature in pair}, settings_of(pair)
-    used = [feature.adapter for feature in pair if feature.adapter]
-    choices = [None, *used]
-    adapters = [choices[index % len(choices)] for index in range(REQUESTS)]
+    adapters = adapters_of(pair)
     expected = []
-    for index, prompt in enumerate(prompts()):
+    for index, prompt in enumerate(TEXT.prompts):
         key = (index, adapters[index], repr(params))
         if key not in world.known:
             world.known[key] = plain_loop(world.models[adapters[index]], prompt, index, params)
         expected.append(world.known[key])
 
-    engine = make_engine(world, pair, [(p, answer.tokens) for p, answer in zip(prompts(), expected, strict=True)])
-    for name in used:
+    engine = make_engine(world, pair, [(p, answer.tokens) for p, answer in zip(TEXT.prompts, expected, strict=True)])
+    for name in {name for name in adapters if name is not None}:
         engine.load_adapter(name, world.adapters[name])
-    told = run(engine, names, params, adapters, "")
+    told = run(engine, TEXT, names, params, adapters)
     if names & {"speculation", "draft model"}:
         # What a structured request may say next is known only step by step.
         assert (0 < engine.stats().accepted_tokens < engine.stats().guessed_tokens) == (not params.structured)
     if "prefix cache" in names:
         before = engine.stats().cached_tokens
-        told = run(engine, names, params, adapters, "")
+        told = run(engine, TEXT, names, params, adapters)
         # Scores of a prompt need its logits, so it is computed again.
         assert (engine.stats().cached_tokens > before) == (not params.prompt_logprobs)
     if "sleep" in names:
         engine.sleep(2)
         assert engine.stats().kv_cache_usage == 0
         engine.wake_up()
-        told = run(engine, names, params, adapters, "")
+        told = run(engine, TEXT, names, params, adapters)
     if "preemption" in names:
         assert engine.stats().preemptions > 0
     for answer, wanted in zip(told, expected, strict=True):
@@ -235,4 +164,19 @@ def test_two_features_together(world: World, pair: tuple[Feature, Feature]) -> N
 
 
 def test_the_docs_page_lists_what_is_tested() -> None:
-    assert (ROOT / "docs/features.md").read_text() == docs_page(), COMMAND
+    assert (ROOT / "docs/features.md").read_text() == docs_page(results()), COMMAND
+
+
+def test_the_page_shows_what_the_gpu_has_found() -> None:
+    """One pair fails and one was not run; the others are as the run says."""
+    listed = [[a.name, b.name, "refused" if is_refused((a, b)) else "passed"] for a, b in GPU_PAIRS]
+    assert listed[0] == ["prefix cache", "chunked prefill", "passed"] and listed[1][:2] == ["prefix cache", "preemption"]
+    listed[0][2] = "failed"
+    found = {"pairs": [listed[0], *listed[2:]], "commit": "abc", "hardware": "H200", "versions": {"torch": "2.11"}}
+    gpu = docs_page(found).split("## On a GPU")[1]
+    assert "H200, torch 2.11, commit abc" in gpu
+    rows = {line.split("|")[1].strip(): line for line in gpu.splitlines() if line.startswith("| ")}
+    assert rows["2 chunked prefill"].split("|")[2].strip() == "!"
+    assert rows["3 preemption"].split("|")[2:4] == [" ? ", " ✓ "]
+    assert rows["27 W8A8 FP8"].count("or") == 2 and rows["27 W8A8 FP8"].count("✗") == 1
+    assert "Not run yet" in docs_page(None)
