@@ -1,7 +1,7 @@
 """W1-W4 on our engine, random weights at the public Llama 3.2 shapes: what the programs for vLLM and SGLang measure, the same way.
 
-usage: PYTHONPATH=platform:kernels python benchmarks/engine/workloads.py MODEL [--variant bf16|kv-fp8|kv-int8|w-int8|w-int4] [--only W1,W2-B64,…]
-       [--out FILE] [--commit HASH]; prints one JSON record per line and writes them to FILE.
+usage: PYTHONPATH=platform:kernels python benchmarks/engine/workloads.py MODEL [--variant VARIANT] [--only W1,W2-B64,…] [--out FILE] [--commit HASH];
+       VARIANT: bf16, kv-fp8, kv-int8, w-int8, w-int4, w8a8-fp8, w8a8-int8 or deterministic; prints one JSON record per line and writes them to FILE.
 
 What W1-W4 are says definitions.py. W2-B256-2048: decode steps at context 2 048, without the loop.
 """
@@ -22,6 +22,7 @@ from altiplano.engine import EngineConfig, SamplingParams
 from altiplano.engine.cuda.overlap import OverlappedEngine
 from altiplano.engine.cuda.runner import CudaRunner
 
+VARIANTS = ("bf16", "kv-fp8", "kv-int8", "w-int8", "w-int4", "w8a8-fp8", "w8a8-int8", "deterministic")
 BLOCKS = {"1b": 70_000, "3b": 35_000}
 
 
@@ -35,12 +36,11 @@ class Bench(definitions.Workloads):
         self.variant = variant
         config = EngineConfig(
             model=model_directory(model), dtype="bfloat16", device="cuda", load_format="dummy", max_model_len=2112, max_num_seqs=1024,
-            max_num_batched_tokens=16384, num_blocks=BLOCKS[model], enable_prefix_caching=False,
+            max_num_batched_tokens=16384, num_blocks=BLOCKS[model], enable_prefix_caching=False, deterministic=variant == "deterministic",
         )  # fmt: skip
         kind, _, name = variant.partition("-")
-        self.runner = CudaRunner(
-            config, kv_cache_dtype=name if kind == "kv" else "auto", quantization=name if kind == "w" else "none"
-        )
+        quantization = {"w": name, "w8a8": variant}.get(kind, "none")
+        self.runner = CudaRunner(config, kv_cache_dtype=name if kind == "kv" else "auto", quantization=quantization)
         self.engine = OverlappedEngine(config, self.runner)
 
     def seconds(self, prompts: list[list[int]], lengths: list[int], temperature: float = 0.0) -> float:
@@ -94,7 +94,7 @@ WORKLOADS: dict[str, Callable[[Bench], None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=sorted(SHAPES))
-    parser.add_argument("--variant", default="bf16", choices=["bf16", "kv-fp8", "kv-int8", "w-int8", "w-int4"])
+    parser.add_argument("--variant", default="bf16", choices=VARIANTS)
     parser.add_argument("--only", default=",".join(WORKLOADS))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default="unknown")
