@@ -36,9 +36,11 @@ def test_rows_are_quantized_as_by_the_reference(kind: torch.dtype) -> None:
     x[3, 5] = 1000.0
     x[4] *= 1e-20
     found = kernel.quantize_rows(x, kind)
-    codes, scales = reference.quantize_rows(x, kind)
-    assert found.scales.equal(scales)
-    assert found.values.float().equal(codes.float())
+    codes, scales = reference.quantize_rows(
+        x.cpu(), kind
+    )  # torch divides by a number on a CPU, and multiplies by its inverse on a GPU
+    assert found.scales.cpu().equal(scales)
+    assert found.values.float().cpu().equal(codes.float())
     assert values(found)[2].abs().max() == 0
 
 
@@ -84,7 +86,7 @@ def test_quantized_products_are_close_to_bf16(kind: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tiling", [kernel.Tiling(16, 64, 32, 2, 4, 4, True), kernel.Tiling(64, 32, 64, 2, 4, 2)])
 def test_a_norm_adds_the_parts_of_a_product(kind: torch.dtype, tiling: kernel.Tiling) -> None:
-    """As if the product had been whole, but for roundings of one in 2^16."""
+    """As if the product had been whole."""
     torch.manual_seed(3)
     for rows, n, k in ((1, 64, 256), (20, 96, 200)):
         x = kernel.Codes(*reference.quantize_rows(bf16(rows, k), kind))
@@ -92,7 +94,8 @@ def test_a_norm_adds_the_parts_of_a_product(kind: torch.dtype, tiling: kernel.Ti
         parts = kernel.linear_parts(x, w, tiling)
         assert parts.shape == (tiling.splits, rows, n) and parts.dtype is torch.float32
         wanted = reference.linear(*x, *w)
-        assert float((parts.double().sum(0) - wanted).norm() / wanted.norm()) < 1e-5
+        # Tensor cores keep 14 bits or so of a sum of FP8.
+        assert float((parts.double().sum(0) - wanted).norm() / wanted.norm()) < (1e-5 if kind is torch.int8 else 1e-3)
         residual, weight = bf16(rows, n, spread=4.0), 1 + bf16(n, spread=0.2)
         normed, total = add_rms_norm(wanted.bfloat16(), residual, weight, 1e-5)
         codes = values(kernel.add_norm(parts, residual, weight, 1e-5, kind))
