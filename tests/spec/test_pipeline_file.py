@@ -80,6 +80,7 @@ def test_mistakes_are_named_with_their_line(tmp_path: Path, change: tuple[str, s
         (True, "num_speculative_tokens: 16", "is 16, and a GPU checks at most 15 guesses"),
         (True, "deterministic: true, quantization: w8a8-fp8", "serve.deterministic is not for serve.quantization w8a8-fp8"),
         (True, "num_speculative_tokens: 4, speculative_quantization: int4", "has no serve.speculative_model"),
+        (True, "quantization: int4, block_size: 24", "is 24, and quantized weights need a multiple of 16"),
         (True, "engine: vllm, num_speculative_tokens: 4", "are not for serve.engine vllm"),
         (True, "engine: vllm, itl_target_ms: 20", "are not for serve.engine vllm"),
         (True, "engine: vllm, deterministic: true", "are not for serve.engine vllm"),
