@@ -418,7 +418,9 @@ class Pipeline(Section):
         if serve.speculative_quantization != "none" and serve.speculative_model is None:
             raise ValueError("serve.speculative_quantization has no serve.speculative_model: name one, or leave it out")
         if {"int8", "int4"} & {serve.quantization, serve.speculative_quantization} and serve.block_size % 16:
-            raise ValueError(f"serve.block_size is {serve.block_size}, and quantized weights need a multiple of 16: leave it out, or set 32")
+            raise ValueError(
+                f"serve.block_size is {serve.block_size}, and quantized weights need a multiple of 16: leave it out, or set 32"
+            )
         if serve.deterministic and serve.quantization.startswith("w8a8"):
             raise ValueError(f"serve.deterministic is not for serve.quantization {serve.quantization}: use none, int8 or int4")
 
