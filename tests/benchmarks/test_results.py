@@ -31,7 +31,8 @@ def test_the_tables_are_made_from_the_results() -> None:
 
 
 def test_every_result_says_how_it_was_made() -> None:
-    files = sorted((ROOT / "benchmarks/results").glob("*.json"))
+    # What works with what is no number: tests/engine/test_feature_matrix.py looks after it.
+    files = [file for file in sorted((ROOT / "benchmarks/results").glob("*.json")) if file.name != "features.json"]
     assert files
     for file in files:
         for record in json.loads(file.read_text()):

@@ -167,6 +167,17 @@ def test_the_docs_page_lists_what_is_tested() -> None:
     assert (ROOT / "docs/features.md").read_text() == docs_page(results()), COMMAND
 
 
+def test_what_the_gpu_has_found_is_about_pairs_that_there_are() -> None:
+    found = results()
+    if found is None:
+        pytest.skip("the matrix has not been run on a GPU yet")
+    assert found["commit"] and found["hardware"] and {"torch", "triton"} <= found["versions"].keys()
+    told = {frozenset((a, b)): outcome for a, b, outcome in found["pairs"]}
+    pairs = {frozenset((a.name, b.name)): "refused" if is_refused((a, b)) else "passed" for a, b in GPU_PAIRS}
+    assert len(told) == len(found["pairs"]) and told.keys() <= pairs.keys()
+    assert all(outcome in (pairs[names], "failed") for names, outcome in told.items())
+
+
 def test_the_page_shows_what_the_gpu_has_found() -> None:
     """One pair fails and one was not run; the others are as the run says."""
     listed = [[a.name, b.name, "refused" if is_refused((a, b)) else "passed"] for a, b in GPU_PAIRS]
