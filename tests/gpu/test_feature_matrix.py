@@ -136,10 +136,10 @@ def greedy(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
 
 
 def write(outcomes: dict[frozenset[str], str], path: Path) -> None:
-    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    commit = os.environ.get("FEATURES_COMMIT") or asked.stdout.strip() or "unknown"
-    names = [sorted((a.name, b.name), key=[a.name, b.name].index) for a, b in GPU_PAIRS]
-    pairs = [[*both, outcomes[frozenset(both)]] for both in names if frozenset(both) in outcomes]
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    commit = os.environ.get("FEATURES_COMMIT") or head.stdout.strip() or "unknown"
+    ran = [(a.name, b.name) for a, b in GPU_PAIRS if frozenset((a.name, b.name)) in outcomes]
+    pairs = [[*names, outcomes[frozenset(names)]] for names in ran]
     versions = {name: version(name) for name in ("torch", "triton", "transformers")}
     found = {"hardware": torch.cuda.get_device_name(), "versions": versions, "commit": commit, "pairs": pairs}
     path.write_text(json.dumps(found, indent=1) + "\n")
