@@ -154,9 +154,10 @@ def _gpu(results: Mapping[str, Any]) -> list[str]:
         f"{results['hardware']}, {versions}, commit {results['commit']}. The kernels add in bf16, and in an order that the number of rows decides:",
         "✓ says that every token is the best one, under all rules of its request and with its noise, of the float32 model with the same quantized",
         "weights, or closer to it than the rounding of bf16 explains; and the same of log-probabilities. In deterministic mode all is equal to the",
-        "bit, alone and together. ✗: refused with a message. !: it does not hold. ?: not run yet.",
+        "bit, alone and together. ✗: refused with a message. !: failed in this run. ?: not run yet.",
         "",
         *_table(GPU_FEATURES, lambda pair: marks[found.get(frozenset(one.name for one in pair), "unknown")]),
+        *(line for note in results.get("notes", ()) for line in ("", note)),
     ]
 
 
