@@ -12,10 +12,14 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
-    ROOT / "README.md": ("engine", "serving"),
+    ROOT / "README.md": ("engine-short", "serving"),
     ROOT / "docs/benchmarks.md": ("engine", "start", "quality", "training", "serving"),
 }
 PEERS = ("vllm", "sglang")
+# What the README shows of reduced numbers: where each of them is meant to pay.
+HEADLINES = {("W2-B256-2048", "kv-fp8"), ("W2-B256-2048", "kv-int8"), ("W1", "w-int4"), ("W4", "w8a8-fp8")}
+# By how a start was made: what its caches of compiled kernels held.
+CACHES = {"cold-start": "empty", "start": "warm", "first-start": "as it found them"}
 Record = dict[str, Any]
 
 
@@ -33,7 +37,8 @@ def by_system(rows: Sequence[Record], note: str) -> str:
     for r in rows:
         cells.setdefault((r["workload"], r["model"], r["variant"], r["unit"]), {})[r["system"]] = r
     peers = [system for system in systems if system in PEERS]
-    heads = ["workload", "model", "variant", "unit", *systems, *(["times the better peer's speed"] if peers else [])]
+    distance = [f"times the speed of {peers[0] if len(peers) == 1 else 'the better peer'}"] if peers else []
+    heads = ["workload", "model", "variant", "unit", *systems, *distance]
     lines = [
         [*key, *(_shown(by[s]) if s in by else "" for s in systems), *([_times(by)] if peers else [])]
         for key, by in cells.items()
@@ -44,23 +49,35 @@ def by_system(rows: Sequence[Record], note: str) -> str:
     )
 
 
-def engine() -> str:
+def engine(rows: Sequence[Record] | None = None) -> str:
     """W1-W4, and the seconds of a start."""
-    rows = [r for r in records("engine") if r["workload"].startswith("W") or r["workload"] in ("start", "cold-start")]
+    rows = engine_rows() if rows is None else rows
     note = "random weights; at least 3 runs each" + (", but for starts" if any("start" in r["workload"] for r in rows) else "")
     return by_system(rows, note)
 
 
+def engine_rows() -> list[Record]:
+    return [r for r in records("engine") if r["workload"].startswith("W") or r["workload"] in ("start", "cold-start")]
+
+
+def engine_short() -> str:
+    """bf16, and each reduction where it is meant to pay."""
+    return engine([r for r in engine_rows() if r["variant"] == "bf16" or (r["workload"], r["variant"]) in HEADLINES])
+
+
 def start() -> str:
     """The parts of the time to the first token: one row per model, system and state of the caches."""
-    rows = [r for r in records("engine") if r["workload"].partition("/")[0].removesuffix("-answer") in ("start", "cold-start")]
-    parts = list(dict.fromkeys(r["workload"].partition("/")[2] for r in rows if "/" in r["workload"]))
-    columns = {**{f"/{part}": part for part in parts}, "": "first token", "-answer": "16th token"}
+    columns: dict[str, str] = {}
     found: dict[tuple[str, str, str], dict[str, Record]] = {}
-    for r in rows:
-        kind = "cold-start" if r["workload"].startswith("cold-start") else "start"
-        caches = "empty" if kind == "cold-start" else "warm"
-        found.setdefault((r["model"], r["system"], caches), {})[r["workload"].removeprefix(kind)] = r
+    rows = []
+    for r in records("engine"):
+        whole, _, part = r["workload"].partition("/")
+        kind = whole.removesuffix("-answer")
+        if kind in CACHES:
+            rows.append(r)
+            found.setdefault((r["model"], r["system"], CACHES[kind]), {})[r["workload"].removeprefix(kind)] = r
+            columns |= {f"/{part}": part} if part else {}
+    columns |= {"": "first token", "-answer": "16th token"}
     lines = [[*key, *(f"{by[c]['value']:.2f}" if c in by else "" for c in columns)] for key, by in found.items()]
     return _table(
         ["model", "system", "kernel caches", *columns.values()], lines, rows, "Median seconds", "random weights in the page cache"
@@ -97,6 +114,7 @@ def quality() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "engine": engine,
+    "engine-short": engine_short,
     "start": start,
     "quality": quality,
     "training": lambda: by_system(records("training"), "random weights; medians of single steps"),

@@ -3,8 +3,9 @@
 usage: python benchmarks/engine/peers.py vllm|sglang MODEL [--variant bf16|kv-fp8|kv-int8|w8a8-fp8] [--only W1,W2-B64,…] [--out FILE] [--commit HASH]
        [--seconds S]; prints one JSON record per line and keeps them in FILE. Needs the peer's package and none of ours.
 
-Offline engines without HTTP and detokenisation, prefix cache off, their defaults otherwise. Before the workloads comes `start`: seconds
-from the start of this process to the first token of a prompt of 128, without weights to read (cold_start.py reads them).
+Offline engines without HTTP and detokenisation, prefix cache off, their defaults otherwise. Before the workloads comes
+`first-start`: seconds from the start of this process to the first token of a prompt of 128, with whatever caches of compiled kernels
+the machine had, and without weights to read (cold_start.py reads them, and says what the caches held).
 W2-B256-2048, on request: decode steps at a mean context of 2 032, which is where workloads.py takes them without a loop.
 """
 
@@ -177,7 +178,7 @@ def main() -> None:
     peer.seconds([peer.ids(128)], [1])
     started = process_seconds()
     peer.records = Records(options.model, options.system, options.commit, hardware(), versions(options.system), options.out)
-    peer.records.add("start", options.variant, [started], "s", False, peer.program)
+    peer.records.add("first-start", options.variant, [started], "s", False, peer.program)
     failed = []
     for name in names:
         if process_seconds() > options.seconds:

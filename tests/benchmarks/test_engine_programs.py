@@ -137,7 +137,7 @@ def test_a_workload_that_fails_costs_only_itself(peer_machine: dict[str, str], t
     )
     assert done.returncode == 1 and "out of memory" in done.stderr and done.stderr.endswith("without a result: W2-B64\n")
     rows = json.loads(out.read_text())
-    assert [row["workload"] for row in rows] == ["start", "W1", "W2-B8"]
+    assert [row["workload"] for row in rows] == ["first-start", "W1", "W2-B8"]
     assert [json.loads(line) for line in done.stdout.splitlines()] == rows
     assert all(row["system"] == "vllm" and row["versions"]["vllm"] == "9.9" and row["value"] > 0 for row in rows)
     assert rows[1]["hardware"] == "NVIDIA H200" and rows[1]["runs"] == 3

@@ -47,7 +47,7 @@ def test_our_speed_stands_against_the_better_peer(tables: Any) -> None:
         result("W1", 0.6, variant="w-int8"),
     )
     assert tables.engine().splitlines() == [
-        "| workload | model | variant | unit | altiplano | vllm | sglang | times the better peer's speed |",
+        "| workload | model | variant | unit | altiplano | vllm | sglang | times the speed of the better peer |",
         "|---|---|---|---|---|---|---|---|",
         "| W1 | 1b | bf16 | ms/step | 0.75 (0.7 to 0.8) | 1.98 | 1.2 | 1.60 |",
         "| W4 | 1b | bf16 | tok/s | 280,000 | 266,000 |  | 1.05 |",
