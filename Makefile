@@ -12,7 +12,7 @@ INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_BACKEND)
 
 TRITON := $(VENV)/triton
 
-.PHONY: demo test test-kernels test-helm helm-tools node-tools crds test-slow fuzz soak lint bench bench-serving clean
+.PHONY: demo test test-kernels test-gpu test-helm helm-tools node-tools crds test-slow fuzz soak lint bench bench-serving clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/altiplano run pipelines/demo/pipeline.yaml
@@ -23,6 +23,10 @@ test: $(VENV)/.dev helm-tools node-tools
 # Triton's kernels by its interpreter; beside the environment, not in it, because the rest must run without it.
 test-kernels: $(VENV)/.dev $(TRITON)
 	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(BIN)/python -m pytest tests/kernels
+
+# The CUDA backend, on an NVIDIA GPU of compute capability 9.0 or newer.
+test-gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 $(TRITON): $(VENV)/.dev
 	$(INSTALL) --no-deps --target $@ triton==3.7.1

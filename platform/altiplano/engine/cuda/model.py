@@ -47,7 +47,7 @@ class CudaLlama:
     """Weights and paged cache. cache: [layers, blocks, 2, kv_heads, page, head_dim]; scales: [layers, blocks, 2, kv_heads, page] or None.
 
     `deterministic`: what a row becomes does not depend, to the bit, on the other rows: one path and one order of sums for all, which
-    is that of prompts. It costs about half of the speed.
+    is that of prompts. A step takes two to four times as long (benchmarks/results/engine.json, variant deterministic).
     """
 
     def __init__(
