@@ -44,7 +44,8 @@ def load_model(
     """The model in the directory `where`, for steps over `slots` of up to `max_batch` rows, with a cache of `num_blocks` pages and scratch.
 
     Raises:
-        EngineError: an unknown cache type or quantization, or too little memory (the message says how much is missing).
+        EngineError: an unknown cache type or quantization, or too little memory (the message says how much is needed, and which
+            settings need it).
     """
     if kv_cache_dtype not in CACHE_DTYPES:
         raise EngineError(f"kv_cache_dtype {kv_cache_dtype!r} is unknown: use one of {', '.join(CACHE_DTYPES)}")
@@ -60,9 +61,15 @@ def load_model(
             return code_weights(weights, CODES[quantization])
         return weights if bits == 16 else pack_weights(weights, bits, model.head_dim, fused_qkv=kind is torch.bfloat16)
 
-    weights = make_weights()
+    try:
+        weights = make_weights()
+    except torch.OutOfMemoryError as error:
+        raise EngineError(
+            f"the weights of {where} do not fit: the GPU has {_gib(torch.cuda.mem_get_info()[0])} free beside what is loaded of them. "
+            "Free the GPU (another engine or a notebook may hold it), or use a larger one"
+        ) from error
     shape = (model.num_hidden_layers, config.num_blocks + 1, 2, model.num_key_value_heads, config.block_size, model.head_dim)
-    _check_memory(shape, kind, config)
+    _check_memory(torch.Size(shape).numel() * kind.itemsize, step_bytes(config, model), torch.cuda.mem_get_info()[0], config)
     cache = torch.zeros(shape, dtype=kind, device=device)
     scales = torch.zeros(shape[:-1], dtype=torch.float16, device=device) if kind.itemsize == 1 else None
     llama = CudaLlama(model, weights, cache, scales, slots, max_batch, config.deterministic)
@@ -86,11 +93,22 @@ def _bits(quantization: str, model: LlamaConfig, page: int) -> int:
     return BITS[quantization]
 
 
-def _check_memory(shape: tuple[int, ...], kind: torch.dtype, config: EngineConfig) -> None:
-    need = torch.Size(shape).numel() * kind.itemsize
-    free, _ = torch.cuda.mem_get_info()
-    if need > free:
+def step_bytes(config: EngineConfig, model: LlamaConfig) -> int:
+    """About what the largest step needs beside weights and cache: rows of a prompt between two products, and logits of all draws."""
+    heads = model.num_attention_heads + 2 * model.num_key_value_heads
+    row = 4 * model.hidden_size + 3 * model.intermediate_size + (heads + model.num_attention_heads) * model.head_dim
+    return 2 * config.max_num_batched_tokens * row + 2 * config.max_num_seqs * model.vocab_size
+
+
+def _check_memory(cache: int, step: int, free: int, config: EngineConfig) -> None:
+    """All in bytes."""
+    if cache + step > free:
         raise EngineError(
-            f"the KV cache of num_blocks {config.num_blocks} needs {need / 2**30:.1f} GiB and the GPU has {free / 2**30:.1f} GiB free: "
-            "lower num_blocks, use kv_cache_dtype fp8 or int8, or free the GPU"
+            f"the KV cache of num_blocks {config.num_blocks} needs {_gib(cache)}, a step of max_num_batched_tokens "
+            f"{config.max_num_batched_tokens} and max_num_seqs {config.max_num_seqs} about {_gib(step)}, and the GPU has {_gib(free)} "
+            "free: lower one of them, use kv_cache_dtype fp8 or int8, or free the GPU"
         )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

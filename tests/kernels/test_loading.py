@@ -1,0 +1,30 @@
+"""What a model needs of a GPU's memory is known before it is taken."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton")
+
+from altiplano.engine.config import EngineConfig, LlamaConfig
+from altiplano.engine.cuda import loading
+from altiplano.engine.errors import EngineError
+
+LLAMA_1B = LlamaConfig(2048, 8192, 16, 32, 8, 64, 128256, 1e-5, 500000.0, None, True, 131072, (128001,))
+
+
+def test_a_step_of_the_1b_model_needs_about_what_it_computes() -> None:
+    config = EngineConfig(Path("x"), device="cuda", max_num_batched_tokens=16384, max_num_seqs=1024)
+    # 16 384 rows of QKV, attention, gate, up and their product, and the residual three times; 1 024 rows of logits.
+    assert loading.step_bytes(config, LLAMA_1B) / 2**30 == pytest.approx(1.42, abs=0.1)
+
+
+@pytest.mark.parametrize("free", [0, 10 << 30])
+def test_too_little_memory_is_refused_with_what_would_free_it(free: int) -> None:
+    config = EngineConfig(Path("x"), device="cuda", num_blocks=5000, max_num_batched_tokens=8192, max_num_seqs=256)
+    loading._check_memory(free, 0, free, config)
+    message = f"num_blocks 5000 needs {free / 2**30:.1f} GiB.*8192 and max_num_seqs 256 about 1.0 GiB.*lower one of them.*fp8"
+    with pytest.raises(EngineError, match=message):
+        loading._check_memory(free, 1 << 30, free, config)
