@@ -65,10 +65,19 @@ class EngineSleep:
 
     async def _turn(self, change: Coroutine[Any, Any, None]) -> None:
         """Go on to the end though who asked may leave: what is known here stays what the engine is."""
-        task = asyncio.create_task(change)
+        task = asyncio.create_task(self._settled(change))
         self._turns.add(task)
         task.add_done_callback(self._turned)
         await asyncio.shield(task)
+
+    async def _settled(self, change: Coroutine[Any, Any, None]) -> None:
+        try:
+            await change
+        finally:
+            # Here and not in `_turned`: answers to several wishes may come at once, and the last of them has to see that it is the last.
+            self._turns.discard(asyncio.current_task())
+            if not self._turns:
+                self.level = self._confirmed
 
     def _turned(self, task: "asyncio.Task[None]") -> None:
         self._turns.discard(task)
@@ -82,10 +91,7 @@ class EngineSleep:
         except TimeoutError:
             self._withdraw()
             raise
-        finally:
-            if len(self._turns) == 1:  # nobody else's wish is open
-                self.level = self._confirmed
 
     async def _wake_up(self) -> None:
         await self._call(m.WakeUp, TIMEOUT_S)
-        self.level = self._confirmed = 0
+        self._confirmed = 0
