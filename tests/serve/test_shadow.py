@@ -1,5 +1,6 @@
 """Shadow traffic on a real endpoint: the challenger answers again what the champion has answered, and nobody notices."""
 
+import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -109,3 +110,27 @@ def test_copies_are_bounded(divided: Divided) -> None:
         continue
     assert _sums(divided)["skipped"] > 0
     assert max(running) == MAX_RUNNING
+
+
+def test_a_copy_that_sleep_ends_is_nobodys_failure(divided: Divided) -> None:
+    divided.configure(arms=None)
+    divided.configure(arms=ONLY_CHAMPION, shadow={"arm": "challenger", "fraction": 1.0})
+    shadow, sleep = divided.generator.experiment.shadow, divided.generator.client.sleep
+    assert shadow is not None
+    sleeping = list[asyncio.Task[None]]()
+
+    class Tired(set[Any]):
+        """The set of running copies: as soon as there is one, somebody puts the engine to sleep."""
+
+        def add(self, task: Any) -> None:
+            super().add(task)
+            sleeping.append(asyncio.create_task(sleep.begin(1, "abort")))
+
+    shadow._running = Tired()
+    assert divided.ask(max_tokens=200).status_code == 200
+    while not (_done(_sums(divided)) + _sums(divided)["skipped"]):
+        continue
+    assert (_sums(divided)["skipped"], _done(_sums(divided))) == (1, 0)
+    divided.run(asyncio.wait_for(sleeping[0], 60))
+    divided.run(sleep.end())
+    assert divided.ask().status_code == 200

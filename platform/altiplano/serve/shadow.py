@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from altiplano.serve.call import Call, set_current
+from altiplano.serve.engine_errors import AsleepError
 from altiplano.serve.outcomes import Sums
 from altiplano.serve.protocol import ChatRequest, CompletionRequest
 from altiplano.serve.usage import Usage
@@ -133,6 +134,9 @@ class Shadow:
             async with asyncio.timeout(MAX_SECONDS):
                 async for piece in generator.stream(request, [prompt], Usage()):
                     parts.append(piece.text)
+        except AsleepError:
+            self.sums.skipped += 1  # no arm's failure, as with users' answers
+            return
         except Exception as error:
             log.warning("a shadow answer of %s failed: %s", self.arm, error)
             self.sums.failed += 1
