@@ -131,7 +131,7 @@ def _table(heads: Sequence[str], lines: Sequence[Sequence[str]], rows: Sequence[
 
 
 def _shown(r: Record) -> str:
-    value = f"{r['value']:,.0f}" if r["value"] >= 1000 else f"{r['value']:.3g}"
+    value = f"{r['value']:,.0f}" if r["value"] >= 1000 else f"{r['value']:.4g}"
     return value + (f" ({r['min']:,.6g} to {r['max']:,.6g})" if r["min"] < r["max"] else "")
 
 

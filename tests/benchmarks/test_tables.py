@@ -57,6 +57,11 @@ def test_our_speed_stands_against_the_better_peer(tables: Any) -> None:
     ]
 
 
+def test_a_median_is_not_rounded_out_of_its_range(tables: Any) -> None:
+    keep(tables, result("W2-B256-2048", 5.505, min=5.5, max=5.506))
+    assert "| 5.505 (5.5 to 5.506) |" in tables.engine()
+
+
 def test_without_peers_there_is_no_column_for_them(tables: Any) -> None:
     keep(tables, result("W1", 0.75))
     assert tables.engine().startswith("| workload | model | variant | unit | altiplano |\n")
