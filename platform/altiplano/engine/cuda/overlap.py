@@ -74,8 +74,9 @@ class OverlappedEngine(Engine):
         """Launch what comes next and return the news of what was launched before."""
         if not self._all_plain():
             news = self._land(None)
-            self._live.clear()
-            self._known.clear()
+            # Nothing is in flight: what was remembered of requests would outlive those that end here.
+            for kept in (self._live, self._known, self._ahead, self._slack):
+                kept.clear()
             return news + super().step()
         news, self._news = self._news, []
         started = self._clock()
@@ -85,6 +86,12 @@ class OverlappedEngine(Engine):
         if self.config.debug and self._flying is None:
             self._scheduler.check()
         return news
+
+    def abort(self, request_id: str) -> None:
+        request = self._requests.get(request_id)
+        super().abort(request_id)
+        if request is not None:
+            self._drop(request)
 
     def _all_plain(self) -> bool:
         return all(drawing.is_plain(r.params, r.num_generated) for r in self._requests.values())
@@ -160,8 +167,11 @@ class OverlappedEngine(Engine):
         return min(most, request.prompt_len + request.params.max_tokens - request.num_computed)
 
     def _unknown(self) -> bool:
-        """Whether a draft model has not computed some request as far as the last guesses went."""
-        return any(self._known.get(request, -1) < len(request.tokens) - 1 for request in self._scheduler.running)
+        """Whether some request has tokens, in flight or known, that a draft model's own steps leave out: all but the last two."""
+        flights = [] if self._flying is None else self._flying.flights
+        if any(not flight.guesses for flight in flights):
+            return True
+        return any(self._known.get(request, -1) < len(request.tokens) - 2 for request in self._scheduler.running)
 
     def _computing(self, request: Request) -> bool:
         """Whether known tokens are still to be computed, other than the last one drawn."""
@@ -240,8 +250,7 @@ class OverlappedEngine(Engine):
             if request not in self._known:
                 self._cuda.remember(request.slot, request.tokens)
             known, last = self._known.get(request, 0), len(request.tokens) - 1
-            if self._cuda.drafts and known < last:
-                # The last two tokens are what its next step begins with.
+            if self._cuda.drafts and known < last - 1:  # its next step begins with the last two tokens
                 self._cuda.catch_up(request.slot, request.tokens[known:last], known)
             self._known[request] = last
 
@@ -255,6 +264,8 @@ class OverlappedEngine(Engine):
         news: list[TokenOutput] = []
         if landing is None:
             return news
+        # Chunks in the middle of a prompt draw nothing to wait for, and an event that has not come to pass has no time.
+        landing.ticket.done.synchronize()
         before = self._totals()
         for flight in landing.flights:
             self._land_flight(flight, landing.ticket, news)
@@ -280,7 +291,8 @@ class OverlappedEngine(Engine):
                 self._settle(request, flight, len(tokens))
             self._book_burst(request, tokens, flight.count * (flight.guesses + 1), news)
             if flight.guesses and request in self._known:
-                self._known[request] = len(request.tokens) - 1
+                # Where all guesses were right, the draft model has not computed the last of them.
+                self._known[request] = len(request.tokens) - 2
 
     def _settle(self, request: Request, flight: _Flight, drawn: int) -> None:
         """Correct what was supposed of a burst with guesses."""
@@ -294,10 +306,10 @@ class OverlappedEngine(Engine):
         if self._landed is None:
             return
         seconds = self._landed.ready.elapsed_time(landing.ticket.ready) / 1000
+        guessed = any(flight.guesses for flight in landing.flights)
         if landing.asked is not None and landing.decodes:
-            guessed = any(flight.guesses for flight in landing.flights)
             landing.asked.observe(guessed, tokens / landing.decodes, seconds)
-        if self.config.itl_target_ms is not None:
+        if self.config.itl_target_ms is not None and not guessed:
             self._times.observe(Step(landing.prompt_tokens, landing.decodes, seconds / landing.burst))
 
     def _book_burst(self, request: Request, tokens: list[int], supposed: int, news: list[TokenOutput]) -> None:
@@ -309,6 +321,9 @@ class OverlappedEngine(Engine):
             request.tokens.append(token)
             news.append(self._book(request, Drawn(token)))
         if request.state is State.FINISHED:
-            for kept in (self._ahead, self._slack, self._known):
-                kept.pop(request, None)
-            self._live.discard(request)
+            self._drop(request)
+
+    def _drop(self, request: Request) -> None:
+        for kept in (self._ahead, self._slack, self._known):
+            kept.pop(request, None)
+        self._live.discard(request)
