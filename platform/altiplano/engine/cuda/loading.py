@@ -68,6 +68,7 @@ def load_model(
             f"the weights of {where} do not fit: the GPU has {_gib(torch.cuda.mem_get_info()[0])} free beside what is loaded of them. "
             "Free the GPU (another engine or a notebook may hold it), or use a larger one"
         ) from error
+    torch.cuda.empty_cache()  # else what the weights were quantized from counts as taken
     shape = (model.num_hidden_layers, config.num_blocks + 1, 2, model.num_key_value_heads, config.block_size, model.head_dim)
     _check_memory(torch.Size(shape).numel() * kind.itemsize, step_bytes(config, model), torch.cuda.mem_get_info()[0], config)
     cache = torch.zeros(shape, dtype=kind, device=device)
