@@ -70,6 +70,10 @@ class OverlappedEngine(Engine):
     def has_unfinished(self) -> bool:
         return super().has_unfinished() or self._flying is not None
 
+    def is_blocked(self) -> bool:
+        """As in `Engine`, and nothing is in flight: a burst that outlives its requests has to land before anybody rests or sleeps."""
+        return self._flying is None and super().is_blocked()
+
     def step(self) -> list[TokenOutput]:
         """Launch what comes next and return the news of what was launched before."""
         if not self._all_plain():
