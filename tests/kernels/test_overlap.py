@@ -259,6 +259,7 @@ def test_whatever_is_mixed_every_answer_is_what_the_request_says_alone(seed: int
             assert (said[name], ends[name]) == (tokens, reason)
     stats = engine.stats()
     assert (stats.num_running, stats.kv_cache_held) == (0, 0) and stats.accepted_tokens <= stats.guessed_tokens
+    assert stats.steps == sum(record.steps for record in engine.step_log.last()) >= stats.guessed_steps
     assert nothing_is_kept(engine)
 
 

@@ -140,7 +140,7 @@ class OverlappedEngine(Engine):
         if not flights and not chunks:
             return None
         times = flights[-1].count if decodes else 1
-        self._steps += 1
+        self._steps += times
         tokens = sum(len(chunk.tokens) for chunk in chunks)
         return _Launched(flights, self._cuda.publish(), started, tokens, len(decodes), times, asked)
 
@@ -311,7 +311,8 @@ class OverlappedEngine(Engine):
             return
         seconds = self._landed.ready.elapsed_time(landing.ticket.ready) / 1000
         guessed = any(flight.guesses for flight in landing.flights)
-        if landing.asked is not None and landing.decodes:
+        # A prompt that was admitted into room made by eviction has taken time of its own.
+        if landing.asked is not None and landing.decodes and not landing.prompt_tokens:
             landing.asked.observe(guessed, tokens / landing.decodes, seconds)
         if self.config.itl_target_ms is not None and not guessed:
             self._times.observe(Step(landing.prompt_tokens, landing.decodes, seconds / landing.burst))
