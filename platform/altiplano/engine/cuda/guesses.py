@@ -77,10 +77,13 @@ class Guesses:
         """The guests that check the guesses of a step: those of the first request, then those of the second, …"""
         return self._checkers[: bucket * (k + 1)]
 
-    def step(self, bucket: int, k: int, check: Callable[[torch.Tensor], None]) -> None:
-        """Guess, `check` the guesses with a decode step of `rows(bucket, k)`, and move the requests on. Capturable."""
+    def step(self, bucket: int, k: int, check: Callable[[torch.Tensor], None], filtered: bool = False) -> None:
+        """Guess, `check` the guesses with a decode step of `rows(bucket, k)`, and move the requests on. Capturable.
+
+        `filtered`: a request draws under top-k, top-p or min-p; a draft model should then draw as it does.
+        """
         slots, parents = self._slots, self._parents[:bucket]
-        drafted = self._guess(bucket, k)
+        drafted = self._guess(bucket, k, filtered)
         rows = self.rows(bucket, k)
         spread(parents, self._guesses, drafted, slots.columns, self.history, slots.tables, slots.guests[0], k, pdl=True)
         check(rows)
@@ -89,7 +92,7 @@ class Guesses:
             pdl=True,
         )  # fmt: skip
 
-    def _guess(self, bucket: int, k: int) -> torch.Tensor | None:
+    def _guess(self, bucket: int, k: int, filtered: bool) -> torch.Tensor | None:
         """Leaves guesses in `_guesses`, or in the rings of the slots that it returns."""
         slots, parents = self._slots, self._parents[:bucket]
         if self._draft is None:
@@ -97,8 +100,8 @@ class Guesses:
             return None
         first = slots.guests[MOST_ROWS]
         spread(parents, self._guesses, None, slots.columns, self.history, slots.tables, first, 0, behind=1, pdl=True)
-        self._draft.step(self._pairs[: 2 * bucket], fresh=2)
+        self._draft.step(self._pairs[: 2 * bucket], filtered, fresh=2)
         drafters = self._drafters[:bucket]
         for _ in range(k - 1):
-            self._draft.step(drafters)
+            self._draft.step(drafters, filtered)
         return drafters

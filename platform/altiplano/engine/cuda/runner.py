@@ -303,7 +303,7 @@ class CudaRunner:
 
         if kind.guesses:
             assert self._guesses is not None
-            self._guesses.step(bucket, kind.guesses, step)
+            self._guesses.step(bucket, kind.guesses, step, kind.filtered)
             return
         rows = self.slots.rows[:bucket]
         step(rows)

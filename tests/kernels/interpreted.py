@@ -1,0 +1,90 @@
+"""The CUDA backend without a GPU: Triton's interpreter computes, and what only a driver can do is done at once.
+
+Streams and events mean nothing where every call returns when its work is done; a graph is its steps, taken again. The kernels in
+CUDA C++ cannot be interpreted: everything takes the path of models that they do not fit. So this shows what the host decides
+(who computes what when, on which pages, and what is believed of it), not what a GPU computes; for that there is tests/gpu.
+"""
+
+import contextlib
+import importlib
+import os
+from collections.abc import Iterator
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import pytest
+import torch
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import tl as triton_language
+
+KERNELS = (
+    "sampling", "filtered_sampling", "guessing", "embed_norm", "kv_write", "linear", "steady_linear", "paged_attention",
+    "prefill_attention", "swiglu", "multi_lora", "w8a8",
+)  # fmt: skip
+
+
+class Event:
+    """Everything before it is done when it is recorded."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        pass
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, later: "Event") -> float:
+        return 1.0
+
+
+class Stream:
+    """There is one order of things."""
+
+    def __init__(self, device: str) -> None:
+        pass
+
+    def wait_event(self, event: Event) -> None:
+        pass
+
+
+def _dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, *_: object) -> TensorHandle:
+    """The interpreter's own multiplies bf16 by its bits."""
+    wide = [
+        (x.data.astype(np.uint32) << 16).view(np.float32) if x.dtype.scalar == triton_language.bfloat16 else x.data
+        for x in (a, b)
+    ]
+    return TensorHandle(np.matmul(*wide, dtype=d.data.dtype) + d.data, d.dtype.scalar)
+
+
+@contextlib.contextmanager
+def cuda_interpreted() -> Iterator[None]:
+    """Inside, `CudaRunner(config, device="cpu")` works."""
+    from altiplano.engine.cuda import graphs, model
+    from altiplano.engine.cuda.few_rows import FewRows
+
+    def replay(self: graphs.DecodeGraphs, bucket: int, times: int, kind: graphs.Kind = graphs.PLAIN) -> None:
+        for _ in range(times):
+            self._step(bucket, kind)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "Event": Event, "Stream": Stream, "stream": lambda _: contextlib.nullcontext(), "is_available": lambda: True,
+            "get_device_capability": lambda _: (9, 0), "mem_get_info": lambda: (1 << 40, 1 << 40), "synchronize": lambda: None,
+            "graph_pool_handle": lambda: None,
+        }.items():  # fmt: skip
+            patch.setattr(torch.cuda, name, value)
+        patch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+        patch.setattr(InterpreterBuilder, "create_dot", _dot)
+        patch.setattr(graphs.DecodeGraphs, "ensure", lambda self, bucket, kind=graphs.PLAIN: None)
+        patch.setattr(graphs.DecodeGraphs, "replay", replay)
+        patch.setattr(FewRows, "supports", staticmethod(lambda config, page, bits=16: False))
+        patch.setattr(model, "fits", lambda heads, kv_heads, head_dim, page: False)
+        for name in KERNELS:
+            module = importlib.import_module(f"altiplano_kernels.{name}.kernel")
+            for wait in ("gdc_wait", "gdc_launch_dependents"):
+                if hasattr(module, wait):
+                    patch.setattr(module, wait, lambda: None)
+        yield

@@ -1,0 +1,178 @@
+"""What the CUDA engine's host decides, on Triton's interpreter: with guesses, under page pressure, while requests come, go and end.
+
+In deterministic mode all paths add in one order, so every answer must be, token by token, what the request says alone.
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("tests/gpu shows this on the GPU itself", allow_module_level=True)
+
+from altiplano.engine import EngineConfig, SamplingParams
+
+from .interpreted import cuda_interpreted
+
+GREEDY = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True)
+SEEDED = SamplingParams(max_tokens=10, temperature=0.9, seed=4, ignore_eos=True)
+FILTERED = SamplingParams(max_tokens=10, temperature=0.9, seed=4, top_k=20, top_p=0.9, ignore_eos=True)
+Decide = Callable[[int], bool]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreted() -> Iterator[None]:
+    with cuda_interpreted():
+        yield
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny model, and another of the same vocabulary."""
+    found = []
+    for hidden in (64, 128):
+        where = tmp_path_factory.mktemp(f"llama-{hidden}")
+        shape = {
+            "hidden_size": hidden,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+        }
+        rest = {"intermediate_size": 64, "vocab_size": 96, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": True}
+        (where / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 95, **shape, **rest}))
+        found.append(where)
+    return found[0], found[1]
+
+
+def make(model: Path, guesses: int = 0, draft: Path | None = None, decide: Decide = lambda _: True, **settings: object):  # type: ignore[no-untyped-def]
+    from altiplano.engine.cuda.overlap import OverlappedEngine
+    from altiplano.engine.cuda.runner import CudaRunner
+
+    class Payoff:
+        asked = 0
+
+        def decide(self) -> bool:
+            self.asked += 1
+            return decide(self.asked)
+
+        def observe(self, guessed: bool, tokens: float, seconds: float) -> None:
+            pass
+
+    sizes = {"max_model_len": 96, "max_num_seqs": 8, "num_blocks": 48, "block_size": 16, "max_num_batched_tokens": 64, **settings}
+    config = EngineConfig(
+        model, device="cuda", dtype="bfloat16", load_format="dummy", debug=True, deterministic=True, num_speculative_tokens=guesses,
+        speculative_model=draft, **sizes,  # type: ignore[arg-type]
+    )  # fmt: skip
+    engine, payoff = OverlappedEngine(config, CudaRunner(config, device="cpu")), Payoff()
+    engine._payoffs.of = lambda requests: payoff  # type: ignore[method-assign, assignment, return-value]
+    return engine
+
+
+def texts(count: int) -> list[list[int]]:
+    """Prompts that repeat themselves, so that there is something to look up."""
+    dice = random.Random(1)
+    return [[dice.randrange(90) for _ in range(dice.randint(1, 6))] * dice.randint(1, 6) for _ in range(count)]
+
+
+def answers(engine, asked: list[list[int]], params: SamplingParams) -> list[list[int]]:  # type: ignore[no-untyped-def]
+    found = [answer.token_ids for answer in engine.generate(asked, params)]
+    stats = engine.stats()
+    assert (stats.num_running, stats.kv_cache_held) == (0, 0)
+    return found
+
+
+@pytest.mark.parametrize("params", [GREEDY, SEEDED, FILTERED], ids=["greedy", "seeded", "filtered"])
+def test_guesses_change_no_token(models: tuple[Path, Path], params: SamplingParams) -> None:
+    wanted = answers(make(models[0]), texts(2), params)
+    assert len({token for tokens in wanted for token in tokens}) > 1, "an answer that never changes shows nothing"
+    for draft in (None, *models):
+        engine = make(models[0], 3, draft)
+        assert answers(engine, texts(2), params) == wanted
+        stats = engine.stats()
+        assert 0 <= stats.accepted_tokens <= stats.guessed_tokens and stats.guessed_steps > 0
+        if draft == models[0]:
+            assert stats.accepted_tokens > 0.9 * stats.guessed_tokens > 0, "it draws what it will draw"
+        elif params is GREEDY:
+            assert stats.guessed_tokens > 0
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_pages_run_out_while_guesses_fly(models: tuple[Path, Path], drafts: bool) -> None:
+    asked, params = [text * 3 for text in texts(4)], SamplingParams(max_tokens=20, temperature=0.9, seed=4, ignore_eos=True)
+    asked = [text[:30] for text in asked]
+    wanted = answers(make(models[0]), asked, params)
+    engine = make(models[0], 2, models[0] if drafts else None, num_blocks=7)
+    assert answers(engine, asked, params) == wanted
+    assert engine.stats().preemptions > 0
+
+
+def test_the_last_page_is_enough_for_the_last_token(models: tuple[Path, Path]) -> None:
+    """What guesses could draw beyond the end is not reserved: nobody preempts itself for it."""
+    params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+    prompt = [7, 8, 9] * 4
+    engine = make(models[0], 7, max_model_len=32, num_blocks=2)
+    assert answers(engine, [prompt], params) == answers(make(models[0]), [prompt], params)
+    assert engine.stats().preemptions == 0
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_requests_come_go_and_end_while_guessing_stops_and_starts(models: tuple[Path, Path], drafts: bool) -> None:
+    asked, plain = texts(6), make(models[0])
+    stop = answers(plain, [asked[3]], SEEDED)[0][5]
+    kinds = [
+        GREEDY,
+        SEEDED,
+        FILTERED,
+        SamplingParams(max_tokens=10, temperature=0.9, seed=4, stop_token_ids=(stop,), ignore_eos=True),
+    ]
+    kinds += [SamplingParams(max_tokens=5, temperature=0.0, logprobs=2, ignore_eos=True), GREEDY]
+    alone = [answers(plain, [text], params)[0] for text, params in zip(asked, kinds, strict=True)]
+    engine = make(models[0], 3, models[0] if drafts else None, decide=lambda asked: asked % 5 < 3)
+    said: dict[str, list[int]] = {str(i): [] for i in range(6)}
+    said["gone"] = []
+    ends: dict[str, str] = {}
+
+    def step() -> None:
+        for output in engine.step():
+            if output.token_id is not None:
+                said[output.request_id].append(output.token_id)
+            if output.finish_reason is not None:
+                assert output.request_id not in ends
+                ends[output.request_id] = output.finish_reason
+
+    for i, (text, params) in enumerate(zip(asked, kinds, strict=True)):
+        engine.add_request(str(i), text, params)
+        if i == 1:
+            engine.add_request("gone", [3, 4] * 6, SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True))
+        if i == 3:
+            engine.abort("gone")  # with a burst in flight
+        step()
+        step()
+    while engine.has_unfinished():
+        step()
+    assert [said[str(i)] for i in range(6)] == alone
+    assert ends == {**{str(i): "length" for i in range(6)}, "3": "stop", "gone": "abort"}
+    stats = engine.stats()
+    assert (stats.num_running, stats.kv_cache_held) == (0, 0) and stats.guessed_tokens > 0
+    for kept in (engine._ahead, engine._slack, engine._live, engine._known):
+        assert not kept, "nothing is kept of requests that have ended"
+
+
+def test_a_latency_target_cuts_prompts_beside_answers(models: tuple[Path, Path]) -> None:
+    pieces = {}
+    for target in (None, 0.001):
+        engine = make(models[0], itl_target_ms=target)
+        engine.add_request("talker", [1, 2, 3], SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True))
+        engine.step()
+        engine.add_request("late", list(range(60)), SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))
+        while engine.has_unfinished():
+            engine.step()
+        pieces[target] = [record.prompt_tokens for record in engine.step_log.last() if record.prompt_tokens and record.decodes]
+    assert sum(pieces[None]) == sum(pieces[0.001]) == 60
+    assert pieces[None] == [60] and max(pieces[0.001]) == 16
