@@ -312,6 +312,19 @@ def test_replicas_sleep_together_or_not_at_all(
         other.close()
 
 
+def test_replicas_that_do_not_answer_are_not_said_to_sleep(guarded: Guarded, admin: httpx.Client) -> None:
+    async def nobody(method: str, *args: Any) -> list[dict[str, Any]]:
+        return []
+
+    guarded.generator.sleeping.gather = nobody
+    try:
+        for ask in (lambda: admin.get("/is_sleeping"), lambda: admin.post("/sleep"), lambda: admin.post("/wake_up")):
+            answered = ask()
+            assert answered.status_code == 503 and answered.json()["error"]["code"] == "no_answer"
+    finally:
+        guarded.generator.sleeping.gather = None
+
+
 def test_ray_serve_is_not_confused(guarded: Guarded, admin: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asleep a replica is healthy and reports no load, which holds the number of replicas; while it turns it is not started again."""
     client = guarded.generator.client

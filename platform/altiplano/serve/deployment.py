@@ -225,7 +225,13 @@ async def _changes(change: str) -> list[dict[str, Any]]:
 
 
 async def _sleep(method: str, *args: Any) -> list[dict[str, Any]]:
-    return await _all_replicas("turn", method, *args, timeout_s=engine_sleep.TIMEOUT_S + SNAPSHOT_TIMEOUT_S)
+    """What all replicas say; nothing if one of them does not, for then nobody knows whether all sleep."""
+    wait = 0.0 if method == "told" else engine_sleep.TIMEOUT_S
+    try:
+        return await _all_replicas("turn", method, *args, timeout_s=wait + SNAPSHOT_TIMEOUT_S, whole=True)
+    except (RayServeException, TimeoutError) as error:
+        logger.warning("not all replicas have said whether they sleep: %s", error)
+        return []
 
 
 async def _in_test(method: str, *args: Any) -> list[dict[str, Any]]:
@@ -237,9 +243,13 @@ async def _in_test(method: str, *args: Any) -> list[dict[str, Any]]:
 
 
 async def _all_replicas(
-    method: str, *args: Any, at: str | None = None, timeout_s: float = SNAPSHOT_TIMEOUT_S
+    method: str, *args: Any, at: str | None = None, timeout_s: float = SNAPSHOT_TIMEOUT_S, whole: bool = False
 ) -> list[dict[str, Any]]:
-    """What a method says on all replicas of an application, by default this one, that answer in time."""
+    """What a method says on all replicas of an application, by default this one, that answer in time.
+
+    Raises:
+        TimeoutError: the application is this one and does not answer; or, with `whole`, a replica of it does not.
+    """
     try:
         handle = _handle(at or serve.get_replica_context().app_name)
         found = await handle.broadcast(method, *args).results_async(timeout_s=timeout_s, return_exceptions=True)
@@ -247,7 +257,10 @@ async def _all_replicas(
         if at is None:
             raise
         return []  # it is gone, or not there yet
-    return [told for told in found if isinstance(told, dict)]
+    answers = [told for told in found if isinstance(told, dict)]
+    if whole and len(answers) < len(found):
+        raise TimeoutError(f"{len(found) - len(answers)} of {len(found)} replicas have not answered")
+    return answers
 
 
 def _handle(application: str) -> DeploymentHandle[Any]:

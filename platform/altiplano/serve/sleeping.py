@@ -97,8 +97,10 @@ def add_sleeping(app: FastAPI, find: Callable[[], Sleeping]) -> None:
 def _answer(told: list[dict[str, Any]]) -> JSONResponse:
     """
     Raises:
-        ApiError: 409, the first replica's reason not to do what was asked.
+        ApiError: 409, the first replica's reason not to do what was asked; 503, nobody has answered.
     """
+    if not told:
+        raise ApiError(503, "no replica has answered in time: ask /is_sleeping what has become of it", code="no_answer")
     failed = next((replica for replica in told if replica.get("error")), None)
     if failed is not None:
         where = "" if len(told) == 1 else f" (replica {failed['replica']} of {len(told)})"
