@@ -284,6 +284,21 @@ def test_right_guesses_save_steps(drafts: bool) -> None:
     assert 59 <= stats.guessed_steps + stats.accepted_tokens < 59 + 32 and 0 < stats.accepted_tokens <= stats.guessed_tokens
 
 
+def test_pages_for_guesses_that_do_not_fit_are_given_back() -> None:
+    """The first of the two would keep what the second needs to end."""
+    engine = make(
+        False, lambda: True, max_model_len=96, num_blocks=6, block_size=16, max_num_batched_tokens=64, enable_prefix_caching=False,
+        num_speculative_tokens=7,
+    )  # fmt: skip
+    for seed, (length, most) in enumerate([(37, 36), (16, 11)]):
+        engine.add_request(
+            str(seed), list(range(length)), SamplingParams(max_tokens=most, temperature=0.0, seed=seed, ignore_eos=True)
+        )
+    while engine.has_unfinished():
+        engine.step()
+    assert engine.stats().preemptions == 0
+
+
 def test_a_prompt_of_many_chunks_may_be_alone() -> None:
     """None of its first launches draws a token to wait for."""
     engine = make(False, lambda: True, max_model_len=512, num_blocks=32, block_size=16, max_num_batched_tokens=32)

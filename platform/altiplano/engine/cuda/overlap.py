@@ -160,10 +160,15 @@ class OverlappedEngine(Engine):
         payoff = self._payoffs.of(requests)
         if not payoff.decide():
             return 0, payoff
-        # Nobody is preempted for a guess.
-        steps = MOST_DRAWN // (most + 1)
-        fits = all(self._scheduler.reserve(request, self._most(request, steps, most)) for request in self._scheduler.running)
-        return (most, payoff) if fits else (0, None)
+        scheduler, steps = self._scheduler, MOST_DRAWN // (most + 1)
+        held = [len(request.pages) for request in scheduler.running]
+        if all(scheduler.reserve(request, self._most(request, steps, most)) for request in scheduler.running):
+            return most, payoff
+        # Nobody is preempted for a guess, nor for pages that were kept for one.
+        for request, pages in zip(scheduler.running, held, strict=True):
+            scheduler.pool.release(request.pages[pages:])
+            del request.pages[pages:]
+        return 0, None
 
     def _most(self, request: Request, steps: int, guesses: int) -> int:
         """Tokens that may be computed before the next burst: in flight without certainty, and in `steps` more; none past the request's end."""
