@@ -61,8 +61,13 @@ def engine_rows() -> list[Record]:
 
 
 def engine_short() -> str:
-    """bf16, and each reduction where it is meant to pay."""
-    return engine([r for r in engine_rows() if r["variant"] == "bf16" or (r["workload"], r["variant"]) in HEADLINES])
+    """Of one commit, which is that of batch 1: bf16, and each reduction where it is meant to pay."""
+    rows = engine_rows()
+    commits = [
+        r["commit"] for r in rows if (r["workload"], r["model"], r["variant"], r["system"]) == ("W1", "1b", "bf16", "altiplano")
+    ]
+    shown = [r for r in rows if r["variant"] == "bf16" or (r["workload"], r["variant"]) in HEADLINES]
+    return engine([r for r in shown if r["commit"] in commits])
 
 
 def start() -> str:
