@@ -46,7 +46,7 @@ def test_the_prefix_cache_finds_what_was_indexed_until_it_is_evicted(sequences: 
         assert len(radix.match("", tokens)) == len(tokens) // BLOCK
         assert radix.match("other", tokens) == []
     distinct = {tuple(t[: (i + 1) * BLOCK]) for t in sequences for i in range(len(t) // BLOCK)}
-    assert len(radix) == len(distinct) == 200 - pool.num_free
+    assert len(radix) == len(distinct) == 200 - pool.num_free == pool.num_evictable
     assert radix.evict(evict) == min(evict, len(distinct))
     assert len(radix) == len(distinct) - min(evict, len(distinct)) == 200 - pool.num_free
     radix.drop("")
@@ -59,9 +59,27 @@ def test_a_page_in_use_is_not_evicted() -> None:
     radix = RadixIndex(pool, BLOCK)
     pages = pool.take(2) or []
     radix.insert("", list(range(8)), pages)
-    assert radix.evict(4) == 0
+    assert radix.evict(4) == 0 == pool.num_evictable
     pool.release(pages)
-    assert radix.evict(4) == 2
+    assert pool.num_evictable == 2
+    pool.hold(pages)
+    assert pool.num_evictable == 0
+    pool.release(pages)
+    assert radix.evict(4) == 2 and pool.num_evictable == 0
+
+
+def test_a_page_in_use_outlives_what_the_cache_forgets() -> None:
+    pool = PagePool(4)
+    radix = RadixIndex(pool, BLOCK)
+    pages = pool.take(2) or []
+    radix.insert("", list(range(8)), pages)
+    pool.release(pages[1:])
+    radix.drop("")
+    pool.check()
+    assert (pool.num_free, pool.num_evictable) == (3, 0)
+    pool.release(pages[:1])
+    pool.check()
+    assert pool.num_free == 4
 
 
 requests = st.lists(

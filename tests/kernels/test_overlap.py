@@ -306,3 +306,19 @@ def test_a_prompt_of_many_chunks_may_be_alone() -> None:
     params = SamplingParams(max_tokens=3, temperature=0.0, seed=2, ignore_eos=True)
     prompt = list(range(60)) * 5
     assert engine.generate([prompt], params)[0].token_ids == says(prompt, params)[0]
+
+
+def test_a_burst_is_short_beside_a_prompt_that_fits_once_the_prefix_cache_gives_way() -> None:
+    engine = make(False, lambda: False, max_model_len=64, num_blocks=12, block_size=16, max_num_batched_tokens=64)
+    one = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+    for first in (0, 20, 40):
+        engine.generate([[first + i % 17 for i in range(50)]], one)
+    assert engine._pool.num_free == 12 - 9 and engine._pool.num_evictable == 9
+    engine.add_request("talker", [5, 6], SamplingParams(max_tokens=50, temperature=0.0, ignore_eos=True))
+    for _ in range(3):
+        engine.step()
+    engine.add_request("late", [60] * 60, one)
+    while engine.has_unfinished():
+        engine.step()
+    beside = [record for record in engine.step_log.last() if record.prompt_tokens and record.decodes]
+    assert [(record.prompt_tokens, record.steps) for record in beside] == [(60, 1)]

@@ -55,7 +55,7 @@ class RadixIndex:
             chunk = tuple(tokens[index * self._size : (index + 1) * self._size])
             child = node.children.get(chunk)
             if child is None:
-                self._pool.hold([pages[index]])
+                self._pool.index(pages[index])
                 child = node.children[chunk] = _Node(node, chunk, pages[index])
                 self._num_pages += 1
                 self._leaves.pop(node, None)
@@ -89,7 +89,7 @@ class RadixIndex:
             node = stack.pop()
             stack += node.children.values()
             self._leaves.pop(node, None)
-            self._pool.release([node.page])
+            self._pool.unindex(node.page)
             self._num_pages -= 1
 
     def namespaces(self) -> list[str]:
@@ -102,7 +102,7 @@ class RadixIndex:
     def _remove(self, leaf: _Node) -> _Node:
         """Give a leaf's page back; returns its parent."""
         assert leaf.parent is not None
-        self._pool.release([leaf.page])
+        self._pool.unindex(leaf.page)
         self._num_pages -= 1
         del leaf.parent.children[leaf.chunk]
         return leaf.parent

@@ -193,7 +193,8 @@ class OverlappedEngine(Engine):
             return True
         if not scheduler.waiting or len(scheduler.running) >= self.config.max_num_seqs:
             return False
-        return scheduler.pool.num_free * self.config.block_size >= len(scheduler.waiting[0].tokens)
+        pages = scheduler.pool.num_free + scheduler.pool.num_evictable
+        return pages * self.config.block_size >= len(scheduler.waiting[0].tokens)
 
     def _wanted(self, request: Request, burst: int) -> int:
         """Tokens to compute next: the rest of the prompt, or a burst up to max_tokens."""
