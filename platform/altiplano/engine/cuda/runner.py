@@ -73,6 +73,8 @@ class CudaRunner:
                 f"the CUDA backend needs compute capability 9.0 (Hopper) or newer, and {torch.cuda.get_device_name(device)} has "
                 f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}: use device 'cpu' or a newer GPU"
             )
+        if torch.device(device).index is not None:
+            torch.cuda.set_device(device)  # free memory is that of the current device
         model = read_config(config.model)
         self._config, self._model_config, self._device = config, model, device
         width = -(-(config.max_model_len + RING) // config.block_size)
