@@ -145,7 +145,7 @@ class Engine:
             request.prompt_top += drawn.prompt_top
             news += self._take(request, chunk, drawn)
         self._learn(plan, self._generated - before[0], self._clock() - started)
-        decodes = sum(chunk.sample and len(chunk.tokens) - chunk.num_guesses == 1 for chunk in plan.chunks)
+        decodes = sum(chunk.decodes for chunk in plan.chunks)
         guesses = self._guessed - before[2]
         self._record(computing, computed, decodes, plan.num_tokens - decodes - guesses, before)
         if self.config.debug:
@@ -344,7 +344,7 @@ class Engine:
         """Book what a step has taken, and what it has brought, where somebody wants to know."""
         if self._proposer is None and self.config.itl_target_ms is None:
             return
-        decodes = [chunk for chunk in plan.chunks if chunk.sample and len(chunk.tokens) - chunk.num_guesses == 1]
+        decodes = [chunk for chunk in plan.chunks if chunk.decodes]
         guessed = any(chunk.num_guesses for chunk in decodes)
         self._guessed_steps += guessed
         if self._asked is not None and len(decodes) == len(plan.chunks):

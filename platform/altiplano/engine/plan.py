@@ -30,6 +30,11 @@ class Chunk:
         0  # the last of `tokens`, which nobody has drawn yet: a token is drawn before each of them and after the last
     )
 
+    @property
+    def decodes(self) -> bool:
+        """Whether it draws the token after a single known one, with guesses behind it or without."""
+        return self.sample and len(self.tokens) - self.num_guesses == 1
+
     def after(self, *drawn: int) -> "Chunk":
         """The same with these tokens drawn before it: later noise, and a longer history where penalties look at one."""
         if not drawn:

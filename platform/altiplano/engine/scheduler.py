@@ -220,8 +220,10 @@ class Scheduler:
 
     def _prompt_budget(self) -> int:
         """Tokens of prompts that this step may compute, over all requests."""
+        if self._prompt_limit is None:
+            return self.budget
         decodes = sum(not r.blocked and len(r.tokens) - r.num_computed == 1 for r in self.running)
-        if self._prompt_limit is None or not decodes:
+        if not decodes:
             return self.budget
         return max(1, min(self._prompt_limit(decodes), self.budget - decodes))
 

@@ -51,14 +51,11 @@ class Guesses:
 
     def set_parents(self, slots: Sequence[int], bucket: int) -> None:
         """The requests of the next steps; the rest of the bucket is scratch. Asynchronous."""
-        numbers = torch.tensor([*slots, *[self._slots.scratch] * (bucket - len(slots))], dtype=torch.int32).pin_memory()
-        self._parents[:bucket].copy_(numbers, non_blocking=True)
+        self._slots.assign(self._parents[:bucket], slots)
 
     def remember(self, slot: int, tokens: Sequence[int]) -> None:
         """Write the known tokens of a slot, from the first on; `note` and `step` add what is drawn. Asynchronous."""
-        self.history[slot, : len(tokens)] = (
-            torch.tensor(tokens, dtype=torch.int32).pin_memory().to(self.history.device, non_blocking=True)
-        )
+        self.history[slot, : len(tokens)] = self._slots.send(tokens, torch.int32)
 
     def note(self, rows: torch.Tensor, pdl: bool) -> None:
         """Keep what a plain step has drawn for the slots in `rows`. Capturable."""
@@ -69,8 +66,7 @@ class Guesses:
         assert self._draft is not None
         n = len(tokens)
         tiles = list_tiles([(0, n, first, slot)])
-        numbers = torch.tensor([*tokens, *range(first, first + n), *[slot] * n, *tiles], dtype=torch.int32)
-        flat = numbers.pin_memory().to(self.history.device, non_blocking=True)
+        flat = self._slots.send([*tokens, *range(first, first + n), *[slot] * n, *tiles], torch.int32)
         self._draft.model.prefill_hidden(flat[:n], flat[n : 2 * n], flat[2 * n : 3 * n], flat[3 * n :])
 
     def rows(self, bucket: int, k: int) -> torch.Tensor:

@@ -146,10 +146,10 @@ class OverlappedEngine(Engine):
 
     def _prompt_budget(self) -> int:
         """Tokens of prompts that may be computed beside decodes, over all requests."""
-        decodes = sum(not self._computing(request) for request in self._scheduler.running)
-        if self.config.itl_target_ms is None or not decodes:
+        if self.config.itl_target_ms is None:
             return self._scheduler.budget
-        return self._prompt_limit(decodes)
+        decodes = sum(not self._computing(request) for request in self._scheduler.running)
+        return self._prompt_limit(decodes) if decodes else self._scheduler.budget
 
     def _choose_guesses(self) -> tuple[int, Payoff | None]:
         """Guesses for each running request, and who has decided on them."""

@@ -240,11 +240,11 @@ class CudaRunner:
         hidden = self._prefill(chunks, ends)
         plain = [i for i, c in enumerate(chunks) if c.sample and drawing.is_plain(c.params, c.generated)]
         if plain:
-            self._draw([chunks[i].slot for i in plain], hidden[self._upload([ends[i] - 1 for i in plain])])
+            self._draw([chunks[i].slot for i in plain], hidden[self.slots.send([ends[i] - 1 for i in plain], torch.int64)])
         drawn = [Drawn()] * len(chunks)
         special = [i for i, c in enumerate(chunks) if c.sample and not drawing.is_plain(c.params, c.generated)]
         if special:
-            logits = self._logits(hidden[self._upload([ends[i] - 1 for i in special])])
+            logits = self._logits(hidden[self.slots.send([ends[i] - 1 for i in special], torch.int64)])
             for i, result in zip(special, drawing.draw([chunks[i] for i in special], logits, self.eos_token_ids), strict=True):
                 drawn[i] = result
         for i, chunk in enumerate(chunks):
@@ -313,7 +313,7 @@ class CudaRunner:
             self._guesses.note(rows, pdl=True)
 
     def _draw(self, slots: Sequence[int], hidden: torch.Tensor) -> None:
-        rows = self._upload(slots).int()
+        rows = self.slots.send(slots, torch.int32)
         limit, filtered = self.stepper.most_rows, self.slots.any_filtered(slots)
         for first in range(0, len(slots), limit):
             some = rows[first : first + limit]
@@ -329,8 +329,7 @@ class CudaRunner:
         slots_of = [chunk.slot for chunk in chunks for _ in chunk.tokens]
         owners = [chunk.adapter for chunk in chunks for _ in chunk.tokens]
         adapted = self._pool.tiles(owners, PREFILL) if self._pool is not None else []
-        numbers = torch.tensor(ids + positions + slots_of + tiles + adapted, dtype=torch.int32)
-        flat, n = numbers.pin_memory().to(self._device, non_blocking=True), len(ids)
+        flat, n = self.slots.send(ids + positions + slots_of + tiles + adapted, torch.int32), len(ids)
         update: Update | None = None
         if self._pool is not None and adapted:
             update = self._pool.update(flat[3 * n + len(tiles) :], PREFILL)
@@ -352,6 +351,3 @@ class CudaRunner:
             [(chunk.params.top_k, chunk.params.top_p, chunk.params.min_p) for chunk in chunks],
         )
         self._owners.update({chunk.slot: chunk.adapter for chunk in chunks})
-
-    def _upload(self, values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64).pin_memory().to(self._device, non_blocking=True)

@@ -57,14 +57,18 @@ class SlotTable:
         """Send what `set_pages` has changed; asynchronous."""
         if not self._changes:
             return
-        sent = self._send([list(self._changes), list(self._changes.values())], torch.int64)
+        sent = self.send([list(self._changes), list(self._changes.values())], torch.int64)
         self.tables.view(-1)[sent[0]] = sent[1].int()
         self._changes.clear()
 
     def upload_rows(self, slots: Sequence[int], bucket: int) -> None:
         """Batch row i belongs to slots[i]; rows up to `bucket` are scratch."""
-        rows = torch.tensor([*slots, *[self.scratch] * (bucket - len(slots))], dtype=torch.int32).pin_memory()
-        self.rows[:bucket].copy_(rows, non_blocking=True)
+        self.assign(self.rows[:bucket], slots)
+
+    def assign(self, target: torch.Tensor, slots: Sequence[int]) -> None:
+        """target[i] = slots[i], and scratch for the rest of `target`: int32; asynchronous."""
+        numbers = torch.tensor([*slots, *[self.scratch] * (len(target) - len(slots))], dtype=torch.int32)
+        target.copy_(numbers.pin_memory(), non_blocking=True)
 
     def write(
         self,
@@ -81,8 +85,8 @@ class SlotTable:
         A temperature below 1e-5 is greedy; `filters` of a greedy request are not looked at.
         """
         top_ks, top_ps, min_ps = zip(*(filters or [NO_FILTERS] * len(slots)), strict=True)
-        whole = self._send([slots, tokens, positions, steps, seeds, top_ks], torch.int64)
-        real = self._send([temperatures, top_ps, min_ps], torch.float32)
+        whole = self.send([slots, tokens, positions, steps, seeds, top_ks], torch.int64)
+        real = self.send([temperatures, top_ps, min_ps], torch.float32)
         at = whole[0]
         self.tokens[at] = whole[1].int()
         self.positions[at] = whole[2].int()
@@ -97,5 +101,6 @@ class SlotTable:
         """Whether one of these slots draws under top-k, top-p or min-p."""
         return not self._filtered.isdisjoint(slots)
 
-    def _send(self, rows: Sequence[Sequence[float]], dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(rows, dtype=dtype).pin_memory().to(self.tokens.device, non_blocking=True)
+    def send(self, values: Sequence[float] | Sequence[Sequence[float]], dtype: torch.dtype) -> torch.Tensor:
+        """Numbers on the device; asynchronous."""
+        return torch.tensor(values, dtype=dtype).pin_memory().to(self.tokens.device, non_blocking=True)
