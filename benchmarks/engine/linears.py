@@ -3,11 +3,11 @@
 usage: PYTHONPATH=platform:kernels python benchmarks/engine/linears.py MODEL ROWS CONTEXT
 """
 
-import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
+import decode_steps
 import torch
 from workloads import model_directory
 
@@ -61,38 +61,18 @@ def compile_one(name: str, n: int, k: int, rows: int, tiling: Tiling) -> str | N
 
 def timed(runner: CudaRunner, rows: int) -> float:
     """Median microseconds of a step, in a new graph."""
-    runner._decode_step(rows, PLAIN)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(STEPS):
-            runner._decode_step(rows, PLAIN)
-    positions, times = runner.slots.positions.clone(), []
-    for _ in range(REPLAYS):
-        runner.slots.positions.copy_(positions)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / STEPS * 1e3)
-    runner.slots.positions.copy_(positions)
-    return statistics.median(times)
+    return decode_steps.timed(runner, lambda: runner._decode_step(rows, PLAIN), STEPS, REPLAYS)
 
 
 def main(model: str, rows: int, context: int) -> None:
-    width = -(-(context + 64) // 32)
+    width = decode_steps.pages_per_slot(context)
     config = EngineConfig(
         model=model_directory(model), dtype="bfloat16", device="cuda", load_format="dummy", max_model_len=context, max_num_seqs=rows,
         num_blocks=rows * width,
     )  # fmt: skip
     runner = CudaRunner(config)
-    slots = list(range(rows))
-    for slot in slots:
-        runner.slots.set_pages(slot, range(slot * width, (slot + 1) * width), fresh=True)
-    runner.slots.upload_tables()
-    runner.slots.write(slots, [1] * rows, [context - 8] * rows, [0] * rows, [0.0] * rows, [0] * rows)
-    runner.slots.upload_rows(slots, rows)
+    decode_steps.place(runner, rows, width, context - 8)
+    runner.slots.upload_rows(range(rows), rows)
     layer = runner.model.weights.layers[0]
     shapes = {name: tuple(getattr(layer, name).shape) for name in ("down", "o", "gate_up", "qkv")}
     tasks = [(name, n, k, rows, tiling) for name, (n, k) in shapes.items() for tiling in candidates(name, n, k)]

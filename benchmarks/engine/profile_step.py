@@ -6,6 +6,7 @@ usage: PYTHONPATH=platform:kernels python benchmarks/engine/profile_step.py MODE
 import sys
 from collections import defaultdict
 
+import decode_steps
 import torch
 from torch.profiler import ProfilerActivity, profile
 from workloads import model_directory
@@ -17,7 +18,7 @@ STEPS = 8
 
 
 def main(model: str, batch: int, context: int, temperature: float = 0.0) -> None:
-    width = -(-(context + 64) // 32)
+    width = decode_steps.pages_per_slot(context)
     config = EngineConfig(
         model=model_directory(model), dtype="bfloat16", device="cuda", load_format="dummy", max_model_len=context, max_num_seqs=batch,
         num_blocks=batch * width,
@@ -27,9 +28,7 @@ def main(model: str, batch: int, context: int, temperature: float = 0.0) -> None
     slots = list(range(batch))
 
     def reset() -> None:
-        for slot in slots:
-            runner.slots.set_pages(slot, range(slot * width, (slot + 1) * width), fresh=True)
-        runner.slots.write(slots, [1] * batch, [context - 1] * batch, [0] * batch, [temperature] * batch, [0] * batch)
+        decode_steps.place(runner, batch, width, context - 1, temperature)
 
     reset()
     runner.launch_decode(slots, 20)

@@ -3,9 +3,9 @@
 usage: PYTHONPATH=platform:kernels python benchmarks/engine/tune_few_rows.py MODEL ROWS CONTEXT none|int8|int4 [quick]
 """
 
-import statistics
 import sys
 
+import decode_steps
 import torch
 from workloads import model_directory
 
@@ -23,24 +23,7 @@ def timed(runner: CudaRunner, rows: torch.Tensor, replays: int = 25) -> float:
     """Median microseconds of a step, in graphs of STEPS as the engine has them."""
     few = runner.stepper.few
     assert few is not None
-    few.step(rows)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(STEPS):
-            few.step(rows)
-    times = []
-    positions = runner.slots.positions.clone()
-    for _ in range(replays):
-        runner.slots.positions.copy_(positions)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / STEPS * 1e3)
-    runner.slots.positions.copy_(positions)
-    return statistics.median(times)
+    return decode_steps.timed(runner, lambda: few.step(rows), STEPS, replays)
 
 
 def explain(runner: CudaRunner, rows: torch.Tensor, whole: float) -> None:
@@ -80,17 +63,13 @@ def candidates(mode: int, k: int, rows: int, bits: int) -> list[Plan]:
 
 def main(model: str, count: int, context: int, quantization: str, quick: bool) -> None:
     bits = BITS.get(quantization, 16)
-    width = -(-(context + 64) // 32)
+    width = decode_steps.pages_per_slot(context)
     config = EngineConfig(
         model=model_directory(model), dtype="bfloat16", device="cuda", load_format="dummy", max_model_len=context, max_num_seqs=16,
         num_blocks=16 * width,
     )  # fmt: skip
     runner = CudaRunner(config, quantization=quantization)
-    slots = list(range(count))
-    for slot in slots:
-        runner.slots.set_pages(slot, range(slot * width, (slot + 1) * width), fresh=True)
-    runner.slots.upload_tables()
-    runner.slots.write(slots, [1] * count, [context - 1] * count, [0] * count, [0.0] * count, [0] * count)
+    decode_steps.place(runner, count, width, context - 1)
     rows = torch.arange(count, dtype=torch.int32, device="cuda")
     few, shape = runner.stepper.few, runner.model.config
     assert few is not None
