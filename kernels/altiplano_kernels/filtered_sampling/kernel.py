@@ -12,7 +12,7 @@ bound of the k-th logit, so only groups that reach it are looked at again (of 20
     finish   each row             the first of them that is kept; or tokens that reach the bound, the exact one, and the draw
 
 Launches do not depend on data, and rows without filters leave each of them at once. Rows that do not fit (k above half the groups,
-hundreds of equal logits at the bound, eight draws in a row behind top-p) are done by `slow` in the last one: one program, about
+hundreds of equal logits at the bound, every known draw behind top-p) are done by `slow` in the last one: one program, about
 100 µs and more.
 
 Measured on an H200 at 128 256 entries, beside the plain draw (benchmarks/engine/LADDER.md): one row 5 µs where that draw stands, 20 to 35 µs
@@ -56,6 +56,12 @@ def _settings(slots, temperatures, top_ks, top_ps, min_ps, row, vocab):
     top_p, min_p = tl.load(top_ps + slot), tl.load(min_ps + slot)
     limited = (top_k > 0) & (top_k < vocab)
     return temperature, top_p, min_p, limited, (temperature >= 1e-5) & (limited | (top_p < 1) | (min_p > 0))
+
+
+@triton.jit
+def _followers(top_p, MEMBERS: tl.constexpr):
+    """How many draws behind the plain one are looked at: fewer where top-p is large, and one row in a thousand needs more than these."""
+    return tl.where(top_p >= 1, 1, tl.where(top_p >= 0.75, min(3, MEMBERS), tl.where(top_p >= 0.4, min(5, MEMBERS), MEMBERS)))
 
 
 @triton.jit
@@ -140,10 +146,10 @@ def _narrow_kernel(
             value, token = _plain_draw(base, values, ids, row, drawn, DRAWN)
             able = ranks_before(x, at, value, token) & (tl.exp((x - top) * inverse) >= min_p)
             noisy = tl.where(able, x / temperature + noise, float("-inf"))
-            for member in range(tl.where(top_p < 1, MEMBERS, 1)):
-                best = tl.max(noisy, 0)
-                first = tl.min(tl.where((noisy == best) & (noisy > float("-inf")), at, NONE), 0)
-                value = tl.max(tl.where(at == first, x, float("-inf")), 0)
+            for member in range(_followers(top_p, MEMBERS)):
+                best, place = tl.max(noisy, 0, return_indices=True)
+                first = tl.where(best > float("-inf"), part * PART + place, NONE)
+                value = tl.load(base + first, mask=first < NONE, other=float("-inf")).to(tl.float32)
                 spot = (row * parts + part) * MEMBERS + member
                 tl.store(chain_noisy + spot, best)
                 tl.store(chain_values + spot, value)
@@ -165,7 +171,7 @@ def _weigh_kernel(
     if tl.load(states + row) == CHAINED:
         slot = tl.load(slots + row)
         inverse = 1.0 / tl.load(temperatures + slot)
-        members = tl.where(tl.load(top_ps + slot) < 1, MEMBERS, 1)
+        members = _followers(tl.load(top_ps + slot), MEMBERS)
         at = part * PART + tl.arange(0, PART)
         x = tl.load(logits + row.to(tl.int64) * stride + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
         m = tl.arange(0, PARTS * MEMBERS)
@@ -180,9 +186,11 @@ def _weigh_kernel(
         mass = tl.exp((x - top) * inverse)
         sound = 1
         for member in range(members):
-            best = tl.max(noisy, 0)
-            first = tl.min(tl.where((noisy == best) & (noisy > float("-inf")), token, NONE), 0)
-            bound = tl.max(tl.where(token == first, value, float("-inf")), 0)
+            # Equal ones come by part, and within a part by id.
+            best, place = tl.max(noisy, 0, return_indices=True)
+            some, winner = best > float("-inf"), row * parts * MEMBERS + place
+            first = tl.load(chain_ids + winner, mask=some, other=NONE)
+            bound = tl.load(chain_values + winner, mask=some, other=float("-inf"))
             ahead = ranks_before(x, at, bound, first)
             tl.store(masses + (row * parts + part) * MEMBERS + member, tl.sum(tl.where(ahead, mass, 0.0), 0))
             if part == 0:
@@ -199,7 +207,7 @@ def _draw_chained(
     """The first of a row's next draws that is kept; -1 if none of those that are known is."""
     _, total, _ = _sums_of_row(sums, row, parts, 1.0 / temperature, PARTS)
     p, m = tl.arange(0, PARTS), tl.arange(0, MEMBERS)
-    known = m < tl.where(top_p < 1, MEMBERS, 1)
+    known = m < _followers(top_p, MEMBERS)
     spot = (row * parts + p[:, None]) * MEMBERS + m[None, :]
     ahead = tl.sum(tl.load(masses + spot, mask=(p < parts)[:, None] & known[None, :], other=0.0), 0)
     token = tl.load(tokens + row * MEMBERS + m, mask=known, other=-1)
