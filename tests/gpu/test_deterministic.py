@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 from altiplano.engine import EngineConfig, SamplingParams  # noqa: E402
 from altiplano.engine.cuda.overlap import OverlappedEngine  # noqa: E402
 from altiplano.engine.cuda.runner import CudaRunner  # noqa: E402
-from altiplano_kernels.linear import steady  # noqa: E402
+from altiplano_kernels.steady_linear import kernel as steady  # noqa: E402
 
 from .test_runner import prompts, random_checkpoint  # noqa: E402
 
