@@ -15,7 +15,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.asked = list[asyncio.Future[m.Done]]()
-        self.sleep = EngineSleep(self._call, lambda: None, lambda: 0)
+        self.sleep = EngineSleep(self._call, lambda: 0)
 
     async def _call(self, make: Callable[[int], m.Command], timeout_s: float) -> m.Done:
         self.asked.append(asyncio.get_running_loop().create_future())
@@ -77,5 +77,75 @@ def test_who_asks_for_sleep_last_gets_it() -> None:
         engine.answer(None)
         await asked[1]
         assert engine.sleep.level == 1 and not engine.sleep.turning
+
+    asyncio.run(story())
+
+
+async def restart(engine: Engine) -> None:
+    """The process dies, another one takes its place and is asked something."""
+    engine.sleep.restarted()
+    while not engine.asked:
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(
+    "error", [RefusedError("no memory for the weights"), EngineDiedError("the engine's process ended"), TimeoutError()]
+)
+def test_an_engine_that_cannot_sleep_after_a_restart_is_known_to_be_awake(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story() -> None:
+        engine = Engine()
+        (asked,) = await engine.ask("sleep")
+        engine.answer(None)
+        await asked
+        await restart(engine)
+        assert engine.sleep.level == 1 and engine.sleep.turning, "nobody begins meanwhile"
+        engine.answer(error)
+        while engine.sleep.turning:
+            if engine.asked:
+                engine.answer(None)  # the sleep that took too long is taken back
+            await asyncio.sleep(0)
+        assert engine.sleep.level == 0
+        engine.sleep.check_awake()
+
+    asyncio.run(story())
+    assert "does not sleep as the one before" in caplog.text
+
+
+def test_a_restarted_engine_sleeps_until_it_is_woken_up() -> None:
+    async def story() -> None:
+        engine = Engine()
+        (asked,) = await engine.ask("sleep")
+        engine.answer(None)
+        await asked
+        await restart(engine)
+        engine.answer(None)
+        while engine.sleep.turning:
+            await asyncio.sleep(0)
+        assert engine.sleep.level == 1
+        (asked,) = await engine.ask("wake up")
+        engine.answer(None)
+        await asked
+        assert engine.sleep.level == 0
+        engine.sleep.restarted()
+        assert not engine.sleep.turning and not engine.asked
+
+    asyncio.run(story())
+
+
+def test_a_sleep_that_came_true_too_late_and_cannot_be_taken_back_is_known() -> None:
+    """It fell asleep just after nobody waited any more, and there is no memory left to wake up."""
+
+    async def story() -> None:
+        engine = Engine()
+        (asked,) = await engine.ask("sleep")
+        engine.answer(TimeoutError())
+        while not engine.asked:
+            await asyncio.sleep(0)
+        engine.answer(RefusedError("waking up needs 3.0 GiB and the GPU has 1.0 GiB free"))
+        with pytest.raises(RefusedError, match="waking up needs"):
+            await asked
+        assert engine.sleep.level == 1
 
     asyncio.run(story())

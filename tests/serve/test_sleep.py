@@ -238,6 +238,35 @@ def test_an_engine_that_dies_asleep_sleeps_again_with_its_adapters(guarded: Guar
     assert answer(admin, CHAMPION) == before
 
 
+def test_waking_up_waits_for_a_process_that_is_started_again(guarded: Guarded, admin: httpx.Client) -> None:
+    before, client = answer(admin), guarded.generator.client
+    admin.post("/sleep")
+    assert client.pid is not None
+    os.kill(client.pid, signal.SIGKILL)
+    guarded.until(lambda: not client.ready)
+    woken = admin.post("/wake_up")
+    assert woken.status_code == 200 and woken.json()["is_sleeping"] is False, woken.text
+    assert answer(admin) == before
+
+
+def test_an_adapter_that_does_not_survive_a_restart_is_named(
+    guarded: Guarded, admin: httpx.Client, adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = guarded.generator.client
+    directory = make_adapter(tmp_path / "short-lived", 2)
+    guarded.run(client.load_adapter("short-lived", str(directory)))
+    (directory / "adapter_model.safetensors").unlink()
+    assert client.pid is not None
+    os.kill(client.pid, signal.SIGKILL)
+    guarded.until(lambda: not client.ready)
+    guarded.run(client.wait_until_ready())
+    with pytest.raises(RefusedError, match="short-lived"):
+        guarded.run(client.unload_adapter("short-lived"))
+    assert "adapter short-lived could not be loaded again" in caplog.text
+    client._adapters.pop("short-lived")
+    assert answer(admin, CHAMPION)
+
+
 def test_new_adapters_wait_until_it_is_awake(guarded: Guarded, admin: httpx.Client, adapter: Path, tmp_path: Path) -> None:
     """What a rollout meets: the change is refused with the reason, and what was before is in force."""
     before = answer(admin, CHAMPION)
@@ -307,6 +336,33 @@ def test_replicas_sleep_together_or_not_at_all(
         assert told["is_sleeping"] is False and [replica["level"] for replica in told["replicas"]] == [0, 1]
         assert admin.post("/sleep").json()["is_sleeping"] is True
         assert admin.post("/wake_up").json()["is_sleeping"] is False
+    finally:
+        own.gather = None
+        other.close()
+
+
+def test_who_leaves_does_not_leave_half_an_endpoint(
+    guarded: Guarded, admin: httpx.Client, pool: ThreadPoolExecutor, adapter: Path
+) -> None:
+    """One replica refuses, the other one waits for an answer; the client goes, and the second is woken up all the same."""
+    other = Server(settings(adapter))
+    own = guarded.generator.sleeping
+
+    async def gather(method: str, *args: Any) -> list[dict[str, Any]]:
+        beside = asyncio.run_coroutine_threadsafe(other.generator.sleeping.turn(method, *args), other.loop)
+        return [await own.turn(method, *args), await asyncio.wrap_future(beside)]
+
+    try:
+        other.run(other.generator.client.sleep.begin(2))
+        own.gather = gather
+        with guarded.stopped():
+            asked = under_way(guarded, admin, pool, 1)
+            with pytest.raises(httpx.ReadTimeout):
+                admin.post("/sleep", params={"mode": "wait"}, timeout=0.3)
+        assert asked.result().status_code == 200
+        guarded.until(lambda: not other.generator.client.sleep.level)
+        guarded.until(lambda: not guarded.generator.client.sleep.level)
+        assert answer(admin)
     finally:
         own.gather = None
         other.close()

@@ -4,11 +4,13 @@ import asyncio
 import contextlib
 import itertools
 import json
+import logging
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,8 +21,13 @@ from altiplano.serve.settings import ServeSettings
 
 START_TIMEOUT_S = 600.0
 CALL_TIMEOUT_S = 60.0
+LAST_WORDS_S = 1.0
 COMMAND = [sys.executable, "-m", "altiplano.serve.engine_process"]
 LATE = f"it did not load its model within {START_TIMEOUT_S:g} s"
+
+Make = Callable[[int], m.Command]  # a command of that number
+
+log = logging.getLogger("altiplano.engine")
 
 
 class Watch(Protocol):
@@ -55,7 +62,7 @@ class EngineClient:
         self._writer: asyncio.StreamWriter | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._failure: str | None = None
-        self.sleep = EngineSleep(self._call, lambda: self._send(m.WakeUp(next(self._numbers))), lambda: len(self._streams))
+        self.sleep = EngineSleep(self._call_started, lambda: len(self._streams))
         self.vocab_size = 0
         self.eos_token_ids: tuple[int, ...] = ()
         self.restarts = 0
@@ -97,9 +104,11 @@ class EngineClient:
         if self._keeper is None or self._keeper.done():
             raise EngineDiedError(f"the engine does not start again: {self.failure}")
         waiting = asyncio.create_task(self._ready.wait())
-        await asyncio.wait({waiting, self._keeper}, return_when=asyncio.FIRST_COMPLETED)
-        if not self._ready.is_set():
+        try:
+            await asyncio.wait({waiting, self._keeper}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
             waiting.cancel()
+        if not self._ready.is_set():
             raise EngineDiedError(f"the engine does not start again: {self.failure}")
 
     @property
@@ -199,30 +208,32 @@ class EngineClient:
     async def _serve_one_life(self, path: Path) -> None:
         connected: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
         server = await asyncio.start_unix_server(lambda r, w: connected.put_nowait((r, w)), str(path))
-        async with server:
+        tasks = list[asyncio.Task[Any]]()
+        try:
             self._process = await asyncio.create_subprocess_exec(*COMMAND, str(path), stdin=asyncio.subprocess.PIPE)
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps(engine_settings(self._settings)).encode())
             self._process.stdin.close()
-            ended = asyncio.create_task(self._process.wait())
-            link = asyncio.create_task(connected.get())
             deadline = asyncio.get_running_loop().time() + START_TIMEOUT_S
+            tasks += [ended := asyncio.create_task(self._process.wait()), link := asyncio.create_task(connected.get())]
             await asyncio.wait({ended, link}, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
             if not link.done():
-                link.cancel()
-                how = f"its process ended with exit code {ended.result()}" if ended.done() else LATE
-                self._failure = self._failure or how
-                ended.cancel()
+                self._failure = f"its process ended with exit code {ended.result()}" if ended.done() else LATE
                 return
             reader, self._writer = link.result()
-            reading, ready = asyncio.create_task(self._read(reader)), asyncio.create_task(self._ready.wait())
+            tasks += [reading := asyncio.create_task(self._read(reader)), ready := asyncio.create_task(self._ready.wait())]
             left = deadline - asyncio.get_running_loop().time()
             await asyncio.wait({ended, reading, ready}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if ready.done():
                 await asyncio.wait({ended, reading}, return_when=asyncio.FIRST_COMPLETED)
             elif not ended.done() and not reading.done():
-                self._failure = self._failure or LATE
-            for task in (ended, reading, ready):
+                self._failure = LATE
+            if ended.done():
+                await asyncio.wait({reading}, timeout=LAST_WORDS_S)  # why it has ended may still be on its way
+        finally:
+            # Not `async with`: from Python 3.12 on that waits for the connection to close, which happens only after this.
+            server.close()
+            for task in tasks:
                 task.cancel()
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
@@ -257,29 +268,39 @@ class EngineClient:
             if future is not None and not future.done():
                 future.set_result(report)
         elif isinstance(report, m.Ready):
-            self.vocab_size, self.eos_token_ids = report.vocab_size, report.eos_token_ids
+            self.vocab_size, self.eos_token_ids, self._failure = report.vocab_size, report.eos_token_ids, None
             for name, path in self._adapters.items():
-                self._send(m.LoadAdapter(next(self._numbers), name, path))
-            if self.sleep.level:
-                self._send(m.Sleep(next(self._numbers), self.sleep.level))
+                loading = self._ask(next(self._numbers), partial(m.LoadAdapter, name=name, path=path))
+                loading.add_done_callback(partial(_loaded_again, name))
+            self.sleep.restarted()
             self._ready.set()
         else:
             self._failure = report.error
 
-    async def _call(self, make: Any, timeout_s: float = CALL_TIMEOUT_S) -> m.Done:
+    async def _call_started(self, make: Make, timeout_s: float) -> m.Done:
+        """`_call`, once the process has started."""
+        async with asyncio.timeout(timeout_s):
+            await self.wait_until_ready()
+        return await self._call(make, timeout_s)
+
+    async def _call(self, make: Make, timeout_s: float = CALL_TIMEOUT_S) -> m.Done:
         if not self.ready:
             raise EngineDiedError("the engine is starting: try again in a moment")
         number = next(self._numbers)
-        future: asyncio.Future[m.Done] = asyncio.get_running_loop().create_future()
-        self._calls[number] = future
-        self._send(make(number))
         try:
-            done = await asyncio.wait_for(future, timeout_s)
+            done = await asyncio.wait_for(self._ask(number, make), timeout_s)
         finally:
             self._calls.pop(number, None)
         if done.error is not None:
             raise RefusedError(done.error)
         return done
+
+    def _ask(self, number: int, make: Make) -> "asyncio.Future[m.Done]":
+        """Send a call; its answer will come."""
+        future: asyncio.Future[m.Done] = asyncio.get_running_loop().create_future()
+        self._calls[number] = future
+        self._send(make(number))
+        return future
 
     def _send(self, message: m.Command) -> None:
         if self._writer is not None and not self._writer.is_closing():
@@ -303,6 +324,12 @@ class EngineClient:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
             await self._process.wait()
+
+
+def _loaded_again(name: str, loading: "asyncio.Future[m.Done]") -> None:
+    """Who asks for an adapter that did not survive the restart is told so; here is why."""
+    if not loading.cancelled() and loading.exception() is None and loading.result().error is not None:
+        log.error("adapter %s could not be loaded again after the engine was restarted: %s", name, loading.result().error)
 
 
 def engine_settings(s: ServeSettings) -> dict[str, Any]:

@@ -1,28 +1,31 @@
 """The front end's side of an engine's sleep: what it is, who may begin meanwhile, and what becomes of those under way."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from altiplano.serve import messages as m
-from altiplano.serve.engine_errors import AsleepError, RefusedError
+from altiplano.serve.engine_errors import AsleepError, EngineDiedError, RefusedError
 
 TIMEOUT_S = 600.0  # to fall asleep, with the answers that are waited for, or to wake up
 
 Call = Callable[[Callable[[int], m.Command], float], Awaitable[m.Done]]
 
+log = logging.getLogger("altiplano.sleep")
+
 
 class EngineSleep:
     """The sleep of one engine process and of those that follow it. All methods belong to the client's event loop.
 
-    `call` asks the engine and waits for its answer, `withdraw` takes a sleep back that nobody waits for any more; `count_answers`:
-    those under way.
+    `call` asks the engine, once its process has started, and waits for its answer; `count_answers`: those under way.
     """
 
-    def __init__(self, call: Call, withdraw: Callable[[], None], count_answers: Callable[[], int]) -> None:
-        self._call, self._withdraw, self._count_answers = call, withdraw, count_answers
+    def __init__(self, call: Call, count_answers: Callable[[], int]) -> None:
+        self._call, self._count_answers = call, count_answers
         self.level = 0  # 0: awake; what was asked for, from the moment on that it was
         self._confirmed = 0  # the same, but what the engine has said
+        self._waking = 0  # those who want it awake
         self._turns = set[asyncio.Task[None]]()  # falling asleep or waking up
 
     @property
@@ -58,17 +61,29 @@ class EngineSleep:
 
         Raises:
             RefusedError: there is too little memory now, or the checkpoint cannot be read; it sleeps on.
-            EngineDiedError: the process ended. TimeoutError: it does not wake up.
+            EngineDiedError: the process ended, and sleeps again once it has started. TimeoutError: it does not wake up.
         """
         if self.level:
             await self._turn(self._wake_up())
 
+    def restarted(self) -> None:
+        """The process is a new one, which is awake: it is put to sleep again if the one before was and nobody wants it awake.
+
+        It stays awake if that fails.
+        """
+        self._confirmed = 0
+        if self.level and not self._waking:
+            self._begin_turn(self._fall_asleep_again(self.level))
+
     async def _turn(self, change: Coroutine[Any, Any, None]) -> None:
         """Go on to the end though who asked may leave: what is known here stays what the engine is."""
+        await asyncio.shield(self._begin_turn(change))
+
+    def _begin_turn(self, change: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.create_task(self._settled(change))
         self._turns.add(task)
         task.add_done_callback(self._turned)
-        await asyncio.shield(task)
+        return task
 
     async def _settled(self, change: Coroutine[Any, Any, None]) -> None:
         try:
@@ -87,11 +102,31 @@ class EngineSleep:
     async def _fall_asleep(self, level: int, abort: bool) -> None:
         try:
             await self._call(lambda call: m.Sleep(call, level, abort), TIMEOUT_S)
-            self._confirmed = level
         except TimeoutError:
-            self._withdraw()
+            await self._withdraw(level)
+            raise
+        self._confirmed = level
+
+    async def _fall_asleep_again(self, level: int) -> None:
+        try:
+            await self._fall_asleep(level, abort=False)
+        except (RefusedError, EngineDiedError, TimeoutError) as error:
+            log.error(
+                "the engine, which was started again, does not sleep as the one before: %s", str(error) or "it took too long"
+            )
+
+    async def _withdraw(self, level: int) -> None:
+        """Take a sleep back that nobody waits for any more; it may have come true a moment ago."""
+        try:
+            await self._wake_up()
+        except RefusedError:
+            self._confirmed = level
             raise
 
     async def _wake_up(self) -> None:
-        await self._call(m.WakeUp, TIMEOUT_S)
+        self._waking += 1
+        try:
+            await self._call(m.WakeUp, TIMEOUT_S)
+        finally:
+            self._waking -= 1
         self._confirmed = 0

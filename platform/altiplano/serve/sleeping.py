@@ -4,7 +4,9 @@ Asleep, an engine has given its memory back and its process lives: health checks
 that is started meanwhile is awake.
 """
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from contextvars import Context
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -45,6 +47,14 @@ class Sleeping:
         """What a method of this class says on each replica."""
         return [await self.turn(method, *args)] if self.gather is None else await self.gather(method, *args)
 
+    async def sleep_everywhere(self, level: int, mode: str | None) -> list[dict[str, Any]]:
+        """What `sleep` says on each replica; where it has failed on one, the others are woken up again."""
+        told = await self.everywhere("sleep", level, mode)
+        if any(replica["error"] for replica in told) and any(replica["fresh"] and not replica["error"] for replica in told):
+            # Half an endpoint would be the worst of both.
+            await self.everywhere("wake_up")
+        return told
+
     async def turn(self, method: str, *args: Any) -> dict[str, Any]:
         """Call a method of this class by its name: sleep, wake_up or told."""
         methods: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
@@ -76,22 +86,24 @@ def add_sleeping(app: FastAPI, find: Callable[[], Sleeping]) -> None:
         becomes of answers that are under way, `wait` or `abort`; without it they forbid it."""
         level, mode = _asked(request, "level", LEVELS) or LEVELS[0], _asked(request, "mode", MODES)
         sleeping = find()
-        told = await sleeping.everywhere("sleep", int(level), mode)
-        if any(replica["error"] for replica in told) and any(replica["fresh"] and not replica["error"] for replica in told):
-            # Half an endpoint would be the worst of both.
-            await sleeping.everywhere("wake_up")
-        return _answer(told)
+        return _answer(await _to_the_end(sleeping.sleep_everywhere(int(level), mode)))
 
     @app.post("/wake_up", responses=answers(*FIELDS))
     async def wake_up(request: Request) -> Response:
         """Take the memory again, and requests."""
         _asked(request, "tags", ())
-        return _answer(await find().everywhere("wake_up"))
+        return _answer(await _to_the_end(find().everywhere("wake_up")))
 
     @app.get("/is_sleeping", responses=answers(*FIELDS))
     async def is_sleeping() -> Response:
         """Whether the engines sleep, all of them, and each."""
         return _answer(await find().everywhere("told"))
+
+
+async def _to_the_end(change: Coroutine[Any, Any, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Wait for a change that does not end in the middle when who asked leaves."""
+    # In a context of its own: Ray Serve cancels the calls that a request has made to other replicas when it cancels the request.
+    return await asyncio.shield(asyncio.create_task(change, context=Context()))
 
 
 def _answer(told: list[dict[str, Any]]) -> JSONResponse:
