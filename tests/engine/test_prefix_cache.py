@@ -72,3 +72,23 @@ def test_the_least_recently_used_goes_first() -> None:
 
     assert radix.evict(3) == 3 and kept() == [2, 0, 1]
     assert radix.evict(1) == 1 and kept() == [2, 0, 0], "a parent is as old as its last child"
+
+
+def test_nothing_is_kept_of_a_namespace_without_pages() -> None:
+    """A server sees many adapters and keys over the months; prompts shorter than a page leave nothing at all."""
+    pool = PagePool(20)
+    radix = RadixIndex(pool, BLOCK)
+    for tenant in range(100):
+        radix.insert(f"short {tenant}", [1], [])
+        pages = pool.take(2)
+        while pages is None:
+            radix.evict(1)
+            pages = pool.take(2)
+        radix.insert(f"tenant {tenant}", list(range(2 * BLOCK)), pages)
+        pool.release(pages)
+    assert radix.namespaces() == [f"tenant {tenant}" for tenant in range(90, 100)]
+    assert radix.match("tenant 99", list(range(2 * BLOCK))) == pages and radix.match("tenant 0", list(range(BLOCK))) == []
+    assert radix.evict(19) == 19 and len(radix.namespaces()) == 1
+    radix.insert("tenant 99", [1] * BLOCK, held := pool.take(1) or [])
+    assert radix.match("tenant 99", [1] * BLOCK) == held, "a namespace that comes back is found again"
+    pool.check()

@@ -21,12 +21,20 @@ class _Node:
         self.children: dict[Chunk, _Node] = {}
 
 
+class _Root(_Node):
+    __slots__ = ("namespace",)
+
+    def __init__(self, namespace: str) -> None:
+        super().__init__(None, (), -1)
+        self.namespace = namespace
+
+
 class RadixIndex:
     """Maps token prefixes to pages; holds each indexed page once in the pool."""
 
     def __init__(self, pool: PagePool, block_size: int) -> None:
         self._pool, self._size = pool, block_size
-        self._roots: dict[str, _Node] = {}
+        self._roots: dict[str, _Root] = {}
         self._leaves: OrderedDict[_Node, None] = OrderedDict()  # least recently used first
         self._num_pages = 0
 
@@ -36,7 +44,8 @@ class RadixIndex:
 
     def match(self, namespace: str, tokens: Sequence[int]) -> list[int]:
         """Pages of the longest indexed prefix of `tokens`, not held for the caller yet."""
-        node, pages = self._roots.get(namespace), list[int]()
+        node: _Node | None = self._roots.get(namespace)
+        pages = list[int]()
         while node is not None:
             start = len(pages) * self._size
             child = node.children.get(tuple(tokens[start : start + self._size]))
@@ -50,8 +59,11 @@ class RadixIndex:
 
     def insert(self, namespace: str, tokens: Sequence[int], pages: Sequence[int]) -> None:
         """Index the full chunks of `tokens`, whose keys and values are in `pages`. Chunks that are known keep their page."""
-        node = self._roots.setdefault(namespace, _Node(None, (), -1))
-        for index in range(min(len(tokens) // self._size, len(pages))):
+        count = min(len(tokens) // self._size, len(pages))
+        if not count:
+            return
+        node: _Node = self._roots.setdefault(namespace, _Root(namespace))
+        for index in range(count):
             chunk = tuple(tokens[index * self._size : (index + 1) * self._size])
             child = node.children.get(chunk)
             if child is None:
@@ -93,6 +105,7 @@ class RadixIndex:
             self._num_pages -= 1
 
     def namespaces(self) -> list[str]:
+        """Those that have pages."""
         return list(self._roots)
 
     @staticmethod
@@ -100,9 +113,12 @@ class RadixIndex:
         return node.parent is not None and not node.children
 
     def _remove(self, leaf: _Node) -> _Node:
-        """Give a leaf's page back; returns its parent."""
-        assert leaf.parent is not None
+        """Give a leaf's page back, and forget a namespace with its last; returns its parent."""
+        parent = leaf.parent
+        assert parent is not None
         self._pool.unindex(leaf.page)
         self._num_pages -= 1
-        del leaf.parent.children[leaf.chunk]
-        return leaf.parent
+        del parent.children[leaf.chunk]
+        if isinstance(parent, _Root) and not parent.children:
+            del self._roots[parent.namespace]
+        return parent
