@@ -107,10 +107,20 @@ def test_no_route_that_is_not_public_answers_without_a_key(guarded: Guarded) -> 
 
 
 def test_scopes_reach_as_far_as_the_table_says(guarded: Guarded) -> None:
-    assert {entry.path: entry.scope for entry in TABLE}["/metrics"] is Scope.admin
-    for key, statuses in ((guarded.user, (200, 403)), (guarded.admin, (200, 200))):
+    assert {entry.path: entry.scope for entry in TABLE}["/metrics"] is Scope.metrics
+    watcher = guarded.key("prometheus", scope=Scope.metrics)
+    for key, statuses in ((guarded.user, (200, 403)), (watcher, (403, 200)), (guarded.admin, (200, 200))):
         with guarded.http(key) as http:
             assert (http.get("/v1/models").status_code, http.get("/metrics").status_code) == statuses
+
+
+def test_the_key_that_scrapes_can_do_nothing_else(guarded: Guarded) -> None:
+    with guarded.http(guarded.key("prometheus", scope=Scope.metrics)) as http:
+        for entry in TABLE:
+            path = entry.path.replace("{path:path}", "index.js").replace("{model:path}", "cria").replace("{change}", "x")
+            refused = http.request(entry.method, path).status_code == 403
+            assert refused == (entry.scope not in (Scope.public, Scope.metrics)), entry
+        assert http.get("/metrics").status_code == 200
 
 
 @pytest.mark.parametrize("header", ["Basic eDp5", "Bearer", "Bearer alt-00000000-wrong", "Bearer \xff", "alt-x-y"])

@@ -120,8 +120,14 @@ def test_a_lent_key_opens_for_a_while_and_leaves_nothing_behind(tmp_path: Path) 
     assert file.read() == (mine,)
 
 
-def test_scopes_include_what_is_below() -> None:
-    assert [[a.includes(b) for b in Scope] for a in Scope] == [[True, False, False], [True, True, False], [True, True, True]]
+def test_who_watches_may_not_ask_and_who_asks_may_not_watch() -> None:
+    reach = {scope.value: [other.value for other in Scope if scope.includes(other)] for scope in Scope}
+    assert reach == {
+        "public": ["public"],
+        "metrics": ["public", "metrics"],
+        "user": ["public", "user"],
+        "admin": ["public", "metrics", "user", "admin"],
+    }
 
 
 def test_the_commands(tmp_path: Path) -> None:
@@ -146,7 +152,7 @@ def test_the_commands(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["create", "x", "--expires", "3y"], "for example 30d"),
-        (["create", "x", "--scope", "public"], "user or admin"),
+        (["create", "x", "--scope", "public"], "user, metrics or admin"),
         (["revoke", "nobody"], "altiplano keys list"),
     ],
 )

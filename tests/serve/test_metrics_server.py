@@ -78,9 +78,9 @@ def test_without_an_engine_the_front_ends_numbers_are_there(base: int) -> None:
     run(story)
 
 
-def test_an_administrators_key_where_there_are_keys_and_nothing_else_to_see(base: int, tmp_path: Path) -> None:
+def test_a_key_for_metrics_where_there_are_keys_and_nothing_else_to_see(base: int, tmp_path: Path) -> None:
     file = KeyFile(tmp_path / "keys.json")
-    keys = {"user": file.create("user")[1], "admin": file.create("admin", scope=Scope.admin)[1]}
+    keys = {scope.value: file.create(scope.value, scope)[1] for scope in (Scope.user, Scope.metrics, Scope.admin)}
 
     async def story() -> None:
         governance = Governance.of(spec.Serve(api_keys_file=str(file.path)))
@@ -89,7 +89,9 @@ def test_an_administrators_key_where_there_are_keys_and_nothing_else_to_see(base
                 name: (await http.get("/metrics", headers={"authorization": f"Bearer {key}"})).status_code
                 for name, key in keys.items()
             }
-            assert statuses == {"user": 403, "admin": 200}
+            assert statuses == {"user": 403, "metrics": 200, "admin": 200}
+            watcher = {"authorization": f"Bearer {keys['metrics']}"}
+            assert (await http.get("/v1/engine/steps", headers=watcher)).status_code == 403
             assert (await http.get("/metrics")).status_code == 401
             admin = {"authorization": f"Bearer {keys['admin']}"}
             assert {(await http.get(path, headers=admin)).status_code for path in ("/v1/models", "/openapi.json", "/x")} == {404}

@@ -27,15 +27,15 @@ log = logging.getLogger("altiplano.keys")
 
 
 class Scope(StrEnum):
-    """What a route asks for and a key gives; each includes the ones before it."""
+    """What a route asks for and a key gives. `admin` includes all; `user` asks models, and `metrics` is read by who watches."""
 
     public = "public"
+    metrics = "metrics"
     user = "user"
     admin = "admin"
 
     def includes(self, other: "Scope") -> bool:
-        order = list(Scope)
-        return order.index(self) >= order.index(other)
+        return self is Scope.admin or other in (self, Scope.public)
 
 
 class KeyFileError(ValueError):
@@ -111,7 +111,7 @@ class KeyFile:
             KeyFileError: the file is damaged, or a value makes no sense.
         """
         if scope is Scope.public:
-            raise KeyFileError("a key has the scope user or admin: public routes need no key")
+            raise KeyFileError("a key has the scope user, metrics or admin: public routes need no key")
         for label, value in (
             ("expires", expires_in_s),
             ("requests_per_minute", requests_per_minute),

@@ -38,7 +38,7 @@ TABLE = (
     Entry("GET", "/v1/usage", Scope.user),
     Entry("POST", "/v1/feedback", Scope.user),
     Entry("GET", "/v1/ab", Scope.admin),
-    Entry("GET", "/metrics", Scope.admin),
+    Entry("GET", "/metrics", Scope.metrics),
     Entry("GET", "/v1/engine/steps", Scope.admin),
     Entry("POST", "/sleep", Scope.admin),
     Entry("POST", "/wake_up", Scope.admin),
