@@ -65,6 +65,12 @@ def state(http: httpx.Client) -> list[str]:
     return [line for line in lines if line.startswith("altiplano_engine_sleep_state") and line.endswith(" 1.0")]
 
 
+def counted(http: httpx.Client, metric: str) -> float:
+    """The sum of a metric over its labels; 503s only where it is told apart by status."""
+    lines = http.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(metric) and ("status" not in line or '"503"' in line))
+
+
 @pytest.mark.parametrize(("level", "name"), [(1, "weights_offloaded"), (2, "discard_all")])
 def test_asleep_it_lives_takes_nothing_and_says_the_same_afterwards(
     guarded: Guarded, admin: httpx.Client, level: int, name: str
@@ -77,6 +83,7 @@ def test_asleep_it_lives_takes_nothing_and_says_the_same_afterwards(
     assert slept.json()["is_sleeping"] is replica["is_sleeping"] is True and replica["level"] == level
     assert admin.get("/is_sleeping").json() == slept.json()
     assert state(admin) == [f'altiplano_engine_sleep_state{{sleep_state="{name}"}} 1.0']
+    refusals, excused = (counted(admin, f"altiplano_requests{kind}_total") for kind in ("", "_asleep"))
 
     for path, body in (
         ("/v1/completions", SHORT),
@@ -88,6 +95,8 @@ def test_asleep_it_lives_takes_nothing_and_says_the_same_afterwards(
         assert refused.status_code == 503 and "retry-after" not in refused.headers
         assert refused.json()["error"]["code"] == "engine_asleep" and REFUSAL in refused.json()["error"]["message"]
     assert (admin.get("/ready").status_code, admin.get("/health").status_code) == (503, 200)
+    assert counted(admin, "altiplano_requests_total") == refusals + 5, "no alert counts what follows from sleep"
+    assert counted(admin, "altiplano_requests_asleep_total") == excused + 5
     assert admin.post("/tokenize", json={"prompt": "hello"}).status_code == 200
     assert engine_stats(guarded)["num_cached_pages"] == guarded.governance.queue.size == 0
 
@@ -396,6 +405,7 @@ def test_ray_serve_is_not_confused(guarded: Guarded, admin: httpx.Client, monkey
         assert client.sleep.turning
         guarded.run(endpoint.check_health(found))
         assert admin.get("/health").status_code == 200
+        assert counted(admin, "altiplano_engine_up") == 1, "and nobody is paged"
     guarded.until(lambda: not client.sleep.turning)
     guarded.run(endpoint.check_health(SimpleNamespace(_patience_s=60)))
     assert client.restarts == restarts and guarded.run(endpoint.record_autoscaling_stats(found)) == {}

@@ -8,7 +8,8 @@ annotations:
   runbook_url: {{ .root.Values.monitoring.rules.runbookUrl }}/{{ .alert | lower }}.md
 {{- end -}}
 
-{{/* The groups of alert rules. HAProxy answers 500 where a server is missing, so all of 5xx counts as unavailable; 429 is by design. */}}
+{{/* The groups of alert rules. HAProxy answers 500 where a server is missing, so all of 5xx counts as unavailable; 429 is by design,
+as is the 503 of an endpoint that was put to sleep. */}}
 {{- define "altiplano.alerts" -}}
 {{- $in := printf "namespace=%q" .Release.Namespace -}}
 {{- $limits := .Values.monitoring.rules.thresholds -}}
@@ -28,8 +29,13 @@ annotations:
       {{- include "altiplano.alert" (dict "root" . "alert" "AltiplanoEngineRestarts" "severity" "warning" "summary" "The engine of {{ $labels.pod }} started {{ $value }} times in half an hour") | nindent 6 }}
     - alert: AltiplanoErrors
       expr: |-
-        sum by (namespace) (rate(altiplano_requests_total{ {{- $in -}} , status=~"5.."}[5m]))
-          / sum by (namespace) (rate(altiplano_requests_total{ {{- $in -}} }[5m])) > {{ $limits.errorRatio }}
+        (
+            sum by (namespace) (rate(altiplano_requests_total{ {{- $in -}} , status=~"5.."}[5m]))
+            - (
+              sum by (namespace) (rate(altiplano_requests_asleep_total{ {{- $in -}} }[5m]))
+              or 0 * sum by (namespace) (rate(altiplano_requests_total{ {{- $in -}} }[5m]))
+            )
+        ) / sum by (namespace) (rate(altiplano_requests_total{ {{- $in -}} }[5m])) > {{ $limits.errorRatio }}
       for: 5m
       {{- include "altiplano.alert" (dict "root" . "alert" "AltiplanoErrors" "severity" "critical" "summary" "{{ $value | humanizePercentage }} of answers are errors") | nindent 6 }}
     - alert: AltiplanoSlowFirstToken

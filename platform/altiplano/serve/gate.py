@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from altiplano import spec
 from altiplano.serve import keys, routes
 from altiplano.serve.call import Call, set_current
+from altiplano.serve.engine_errors import ASLEEP
 from altiplano.serve.errors import ApiError
 from altiplano.serve.governance import Governance
 from altiplano.serve.logs import FIELDS, log_request
@@ -129,6 +130,8 @@ class Gate:
         governance.queue.leave(call.places, call.ended, call.key_id, computed=call.computed)
         if call.status == 429:
             governance.metrics.rejected.labels(call.error or "", call.key_id).inc()
+        if call.status == 503 and call.error == ASLEEP:
+            governance.metrics.asleep.inc()
         if call.gone is not None or not call.status:
             governance.metrics.clients_gone.labels(call.gone or "cancelled").inc()
         governance.metrics.http_requests.labels(call.route, call.status or 499).inc()

@@ -69,6 +69,7 @@ class Metrics:
         self.http_requests = counter("requests", "HTTP answers", "route", "status")
         self.http_seconds = seconds("request", "Arrival to the last byte of an HTTP answer", REQUEST_S, "route")
         self.rejected = counter("requests_rejected", "HTTP requests that a limit refused", "reason", "key")
+        self.asleep = counter("requests_asleep", "HTTP answers of 503 because the engine was put to sleep")
         self.clients_gone = counter("clients_gone", "Clients that left before their answer was complete", "reason")
         self.response_cache = counter("response_cache", "Greedy requests looked up in the response cache", "result")
 
@@ -103,7 +104,7 @@ class Metrics:
             "draft_seconds": gauge("spec_decode_draft_seconds", "Time that making guesses has taken since the engine started"),
         }
         self.sleep_state = gauge("engine_sleep_state", "1 for the state that the engine is in", "sleep_state")
-        self.engine_up = gauge("engine_up", "1 while the engine answers")
+        self.engine_up = gauge("engine_up", "1 while the engine answers, falls asleep or wakes up")
         self.engine_restarts = gauge("engine_restarts", "Starts of the engine after the first")
         self._steps = StepCollector()
         self.registry.register(self._steps)
@@ -122,13 +123,14 @@ class Metrics:
         restarts: int,
         histograms: Mapping[str, StepHistogram] | None = None,
         sleep_level: int = 0,
+        turning: bool = False,
     ) -> None:
-        """Take the engine's own counters and histograms; None when it does not answer."""
+        """Take the engine's own counters and histograms; None when it does not answer, which is well while it is `turning`."""
         for level, state in enumerate(SLEEP_STATES):
             self.sleep_state.labels(state).set(level == sleep_level)
         if histograms is not None:
             self._steps.histograms = histograms
-        self.engine_up.set(stats is not None)
+        self.engine_up.set(stats is not None or turning)
         self.engine_restarts.set(restarts)
         for name, gauge in self._engine.items():
             if stats is not None and name in stats:

@@ -63,14 +63,15 @@ def add_steps(app: FastAPI, find: Callable[[], Generator]) -> None:
         return JSONResponse({"object": "list", "data": [asdict(record) for record in found.steps or ()]})
 
 
-async def _engine(find: Callable[[], Generator]) -> tuple[dict[str, float] | None, int, dict[str, Histogram] | None, int]:
-    """(counters or None, restarts, histograms or None, level of sleep) of the engine."""
+async def _engine(find: Callable[[], Generator]) -> tuple[dict[str, float] | None, int, dict[str, Histogram] | None, int, bool]:
+    """(counters or None, restarts, histograms or None, level of sleep, whether it falls asleep or wakes up) of the engine."""
     try:
         client = find().client
     except ApiError:
-        return None, 0, None, 0
+        return None, 0, None, 0, False
+    sleep = client.sleep
     try:
         found = await client.measure(0, STATS_TIMEOUT_S)
-        return found.stats, client.restarts, found.histograms, client.sleep.level
+        return found.stats, client.restarts, found.histograms, sleep.level, sleep.turning
     except (TimeoutError, EngineDiedError):
-        return None, client.restarts, None, client.sleep.level
+        return None, client.restarts, None, sleep.level, sleep.turning
