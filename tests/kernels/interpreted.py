@@ -59,6 +59,16 @@ def _dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHa
     return TensorHandle(np.matmul(*wide, dtype=d.data.dtype) + d.data, d.dtype.scalar)
 
 
+def patch_kernels(patch: pytest.MonkeyPatch) -> None:
+    """Products of bf16 are multiplied as such, and nothing waits for the kernel before."""
+    patch.setattr(InterpreterBuilder, "create_dot", _dot)
+    for name in KERNELS:
+        module = importlib.import_module(f"altiplano_kernels.{name}.kernel")
+        for wait in ("gdc_wait", "gdc_launch_dependents"):
+            if hasattr(module, wait):
+                patch.setattr(module, wait, lambda: None)
+
+
 @contextlib.contextmanager
 def cuda_interpreted() -> Iterator[None]:
     """Inside, `CudaRunner(config, device="cpu")` works."""
@@ -77,14 +87,9 @@ def cuda_interpreted() -> Iterator[None]:
         }.items():  # fmt: skip
             patch.setattr(torch.cuda, name, value)
         patch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-        patch.setattr(InterpreterBuilder, "create_dot", _dot)
         patch.setattr(graphs.DecodeGraphs, "ensure", lambda self, bucket, kind=graphs.PLAIN: None)
         patch.setattr(graphs.DecodeGraphs, "replay", replay)
         patch.setattr(FewRows, "supports", staticmethod(lambda config, page, bits=16: False))
         patch.setattr(model, "fits", lambda heads, kv_heads, head_dim, page: False)
-        for name in KERNELS:
-            module = importlib.import_module(f"altiplano_kernels.{name}.kernel")
-            for wait in ("gdc_wait", "gdc_launch_dependents"):
-                if hasattr(module, wait):
-                    patch.setattr(module, wait, lambda: None)
+        patch_kernels(patch)
         yield
