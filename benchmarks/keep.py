@@ -2,7 +2,8 @@
 
 python benchmarks/keep.py ours.json vllm.json …
 
-A record takes the place of the one with the same workload, model, variant, system and unit; a new one goes to the end.
+A record takes the place of the one with the same workload, model, variant, system and unit, or, of a kernel, the same kernel, model
+and shape; a new one goes to the end.
 """
 
 import json
@@ -13,20 +14,23 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-KEYS = (
-    "suite", "workload", "model", "variant", "system", "value", "unit", "higher_is_better", "runs", "min", "max", "command", "commit",
-    "hardware", "versions", "date",
-)  # fmt: skip
+SOURCE = ("command", "commit", "hardware", "versions", "date")
+NAMES = ("workload", "model", "variant", "system", "unit")
+KEYS = ("suite", *NAMES, "value", "higher_is_better", "runs", "min", "max", *SOURCE)
+KERNEL_NAMES = ("kernel", "model", "shape")
+KERNEL_KEYS = ("suite", *KERNEL_NAMES, "us", "min", "max", "runs", "bytes", "flops", "percent", "limit", *SOURCE)
 Record = dict[str, Any]
 
 
 def merged(old: Iterable[Record], new: Iterable[Record]) -> list[Record]:
     """`old` with `new` in their places."""
 
-    def name(record: Record) -> tuple[Any, ...]:
-        return tuple(record[key] for key in ("workload", "model", "variant", "system", "unit"))
-
     return list(({name(record): record for record in old} | {name(record): record for record in new}).values())
+
+
+def name(record: Record) -> tuple[Any, ...]:
+    """What a record is about."""
+    return tuple(record[key] for key in (KERNEL_NAMES if record["suite"] == "kernels" else NAMES))
 
 
 def read(path: Path) -> list[Record]:
@@ -42,10 +46,11 @@ def read(path: Path) -> list[Record]:
     if not isinstance(found, list):
         sys.exit(f"{path} is no list of records: give what a program has written with --out")
     for record in found:
-        if not isinstance(record, dict) or set(record) != set(KEYS):
-            sys.exit(f"{path}: a record must have the keys {', '.join(KEYS)}: run the program again, from this commit")
+        keys = KERNEL_KEYS if isinstance(record, dict) and record.get("suite") == "kernels" else KEYS
+        if not isinstance(record, dict) or set(record) != set(keys):
+            sys.exit(f"{path}: a record must have the keys {', '.join(keys)}: run the program again, from this commit")
         if record["commit"] == "unknown":
-            sys.exit(f"{path}: {record['workload']} does not say its commit: measure again with --commit")
+            sys.exit(f"{path}: {', '.join(name(record)[:3])} does not say its commit: measure again with --commit")
     return found
 
 

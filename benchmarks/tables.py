@@ -13,7 +13,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PAGES = {
     ROOT / "README.md": ("engine-short", "serving"),
-    ROOT / "docs/benchmarks.md": ("engine", "start", "quality", "training", "serving"),
+    ROOT / "docs/benchmarks.md": ("engine", "start", "quality", "kernels", "training", "serving"),
 }
 PEERS = ("vllm", "sglang")
 # What the README shows of reduced numbers: where each of them is meant to pay.
@@ -117,11 +117,32 @@ def quality() -> str:
     )
 
 
+def kernels() -> str:
+    """One row per kernel and shape; of each model the microseconds, and how near they are to the limit that is nearer."""
+    rows = records("kernels")
+    models = [model for model in dict.fromkeys(r["model"] for r in rows) if model != "any"]
+    found: dict[tuple[str, str], dict[str, Record]] = {}
+    for r in rows:
+        of_models = models if r["model"] == "any" else [r["model"]]
+        found.setdefault((r["kernel"], r["shape"]), {}).update(dict.fromkeys(of_models, r))
+    heads = [head for model in models for head in (f"{model}, µs", "of the limit")]
+    lines = [[*key, *(cell for model in models for cell in _kernel_cells(by.get(model)))] for key, by in found.items()]
+    return _table(["kernel", "shape", *heads], lines, rows, "Medians", "random numbers; in brackets what the limit is of")
+
+
+def _kernel_cells(r: Record | None) -> tuple[str, str]:
+    if r is None:
+        return "", ""
+    percent = f"{r['percent']:.0f}" if r["percent"] >= 10 else f"{r['percent']:.2g}"
+    return f"{r['us']:.4g}", f"{percent} % ({r['limit']})"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "engine": engine,
     "engine-short": engine_short,
     "start": start,
     "quality": quality,
+    "kernels": kernels,
     "training": lambda: by_system(records("training"), "random weights; medians of single steps"),
     "serving": lambda: by_system(records("serving"), "clients and servers share the cores, and what is compared ran in turn"),
 }

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
+SOURCE = ("command", "commit", "hardware", "versions", "date")
 
 
 @pytest.fixture
@@ -47,6 +48,25 @@ def test_a_result_replaces_its_like_and_a_peer_gets_a_column(checkout: Path) -> 
         assert "| W1 | 1b | bf16 | ms/step | 0.625 | 1.25 (0.625 to 1.25) | 2.00 |" in (checkout / page).read_text()
     for program in ("tables.py", "engine/roofline.py"):
         subprocess.run([sys.executable, str(checkout / "benchmarks" / program), "--check"], check=True)
+
+
+def test_a_kernel_is_known_by_its_shape(checkout: Path) -> None:
+    source = {key: json.loads((checkout / "benchmarks/results/engine.json").read_text())[0][key] for key in SOURCE}
+    first = {
+        "suite": "kernels", "kernel": "swiglu", "model": "1b", "shape": "64 rows", "us": 2.0, "min": 1.5, "max": 2.5, "runs": 7,
+        "bytes": 3145728, "flops": 2621440, "percent": 37.27, "limit": "bytes", **source,
+    }  # fmt: skip
+    second = first | {"shape": "256 rows"}
+    kept = checkout / "benchmarks/results/kernels.json"
+    kept.unlink(missing_ok=True)
+    for rows in ([first, second], [first | {"us": 1.875}]):
+        done = keep(checkout, rows)
+        assert done.returncode == 0, done.stderr
+    assert json.loads(kept.read_text()) == [first | {"us": 1.875}, second]
+    page = (checkout / "docs/benchmarks.md").read_text()
+    assert "| swiglu | 64 rows | 1.875 | 37 % (bytes) |\n| swiglu | 256 rows | 2 | 37 % (bytes) |" in page
+    refused = keep(checkout, [{key: value for key, value in first.items() if key != "limit"}])
+    assert refused.returncode == 1 and "must have the keys suite, kernel, model, shape, us" in refused.stderr
 
 
 @pytest.mark.parametrize(

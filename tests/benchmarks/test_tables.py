@@ -108,6 +108,32 @@ def test_decode_steps_show_their_worst_batch(tables: Any) -> None:
     assert lines[2:4] == ["| 1b | bf16 (transformers) | 1e-05 |  |  |  |  |  |", "| 1b | bf16 | 2e-05 | 5e-05 |  |  | 0.03 |  |"]
 
 
+def kernel(name: str, model: str, shape: str, us: float, percent: float, limit: str = "bytes") -> dict[str, Any]:
+    return {
+        "kernel": name, "model": model, "shape": shape, "us": us, "percent": percent, "limit": limit, "hardware": "NVIDIA H200",
+    }  # fmt: skip
+
+
+def test_a_kernels_models_stand_side_by_side(tables: Any) -> None:
+    assert tables.kernels() == "Not measured yet."
+    rows = [
+        kernel("gemm", "1b", "down, 8 192 rows", 401.26, 91.7, "operations"),
+        kernel("gemm", "1b", "head, 1 row", 140.0, 88.96),
+        kernel("gemm", "3b", "down, 8 192 rows", 590.12345, 100.4, "operations"),
+        kernel("sampling", "any", "greedy, 1 row", 1.5, 0.0312),
+    ]
+    (tables.ROOT / "benchmarks/results/kernels.json").write_text(json.dumps(rows))
+    assert tables.kernels().splitlines() == [
+        "| kernel | shape | 1b, µs | of the limit | 3b, µs | of the limit |",
+        "|---|---|---|---|---|---|",
+        "| gemm | down, 8 192 rows | 401.3 | 92 % (operations) | 590.1 | 100 % (operations) |",
+        "| gemm | head, 1 row | 140 | 89 % (bytes) |  |  |",
+        "| sampling | greedy, 1 row | 1.5 | 0.031 % (bytes) | 1.5 | 0.031 % (bytes) |",
+        "",
+        "Medians on NVIDIA H200; random numbers; in brackets what the limit is of.",
+    ]
+
+
 def test_a_page_without_a_place_for_a_table_is_refused(tables: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "page.md"
     page.write_text("text <!-- engine: begin --> old <!-- engine: end --> after")
