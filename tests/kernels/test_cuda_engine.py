@@ -164,6 +164,21 @@ def test_requests_come_go_and_end_while_guessing_stops_and_starts(models: tuple[
         assert not kept, "nothing is kept of requests that have ended"
 
 
+@pytest.mark.parametrize("kind", ["auto", "int8"])
+def test_caches_take_what_was_measured_for_them(models: tuple[Path, Path], kind: str) -> None:
+    from altiplano.engine.config import read_config
+    from altiplano.engine.cuda.loading import CACHE_DTYPES, cache_bytes
+    from altiplano.engine.cuda.runner import CudaRunner
+
+    config = EngineConfig(
+        models[0], device="cuda", dtype="bfloat16", load_format="dummy", max_model_len=96, num_blocks=6, block_size=16,
+        num_speculative_tokens=3, speculative_model=models[1],
+    )  # fmt: skip
+    for loaded, model in zip(CudaRunner(config, kind, device="cpu")._models, models, strict=True):
+        taken = sum(cache.nbytes for cache in loaded.caches)
+        assert taken == cache_bytes(config, read_config(model), CACHE_DTYPES[kind])
+
+
 def test_a_latency_target_cuts_prompts_beside_answers(models: tuple[Path, Path]) -> None:
     pieces = {}
     for target in (None, 0.001):

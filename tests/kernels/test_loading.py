@@ -30,3 +30,26 @@ def test_too_little_memory_is_refused_with_what_would_free_it(free: int) -> None
     message = f"num_blocks 5000 needs {free / 2**30:.1f} GiB.*8192 and max_num_seqs 256 about 1.0 GiB.*lower one of them.*fp8"
     with pytest.raises(EngineError, match=message):
         loading._check_memory(free, 1 << 30, free, config)
+
+
+def test_a_cache_of_a_draft_that_does_not_fit_names_the_draft() -> None:
+    config = EngineConfig(
+        Path("x"),
+        device="cuda",
+        num_blocks=5000,
+        num_speculative_tokens=3,
+        speculative_model=Path("small"),
+        max_num_batched_tokens=8192,
+    )
+    message = (
+        "num_blocks 5000 for the draft of speculative_model small.*beside the model and its cache.*leave speculative_model out"
+    )
+    with pytest.raises(EngineError, match=message):
+        loading._check_memory(2 << 30, 1 << 30, 1 << 30, config, Path("small"))
+
+
+@pytest.mark.parametrize(("kind", "scales"), [(torch.bfloat16, 0), (torch.float8_e4m3fn, 2), (torch.int8, 2)])
+def test_a_cache_is_measured_with_its_scales(kind: torch.dtype, scales: int) -> None:
+    config = EngineConfig(Path("x"), device="cuda", num_blocks=1000, block_size=16)
+    tokens = 1001 * 16
+    assert loading.cache_bytes(config, LLAMA_1B, kind) == 16 * 2 * 8 * tokens * (64 * kind.itemsize + scales)

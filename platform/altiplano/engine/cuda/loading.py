@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from altiplano.engine.config import EngineConfig, LlamaConfig
+from altiplano.engine.config import EngineConfig, LlamaConfig, read_config
 from altiplano.engine.cuda.few_rows import FewRows
 from altiplano.engine.cuda.model import CudaLlama
 from altiplano.engine.cuda.quantized import BITS, CODES, CodedWeights, PackedWeights, code_weights, pack_weights
@@ -61,16 +61,20 @@ def load_model(
             return code_weights(weights, CODES[quantization])
         return weights if bits == 16 else pack_weights(weights, bits, model.head_dim, fused_qkv=kind is torch.bfloat16)
 
+    drafts = where == config.speculative_model
     try:
         weights = make_weights()
     except torch.OutOfMemoryError as error:
         raise EngineError(
             f"the weights of {where} do not fit: the GPU has {_gib(torch.cuda.mem_get_info()[0])} free beside what is loaded of them. "
-            "Free the GPU (another engine or a notebook may hold it), or use a larger one"
+            "Free the GPU (another engine or a notebook may hold it), use a larger one"
+            + (", or leave speculative_model out" if drafts else "")
         ) from error
     torch.cuda.empty_cache()  # else what the weights were quantized from counts as taken
+    # The steps of a model and its draft take turns in the same memory.
+    step = max(step_bytes(config, each) for each in ([model, read_config(config.model)] if drafts else [model]))
+    _check_memory(cache_bytes(config, model, kind), step, torch.cuda.mem_get_info()[0], config, where if drafts else None)
     shape = (model.num_hidden_layers, config.num_blocks + 1, 2, model.num_key_value_heads, config.block_size, model.head_dim)
-    _check_memory(torch.Size(shape).numel() * kind.itemsize, step_bytes(config, model), torch.cuda.mem_get_info()[0], config)
     cache = torch.zeros(shape, dtype=kind, device=device)
     scales = torch.zeros(shape[:-1], dtype=torch.float16, device=device) if kind.itemsize == 1 else None
     llama = CudaLlama(model, weights, cache, scales, slots, max_batch, config.deterministic)
@@ -94,6 +98,13 @@ def _bits(quantization: str, model: LlamaConfig, page: int) -> int:
     return BITS[quantization]
 
 
+def cache_bytes(config: EngineConfig, model: LlamaConfig, kind: torch.dtype) -> int:
+    """What `num_blocks` pages and the scratch page take, with the scales of 8-bit ones: keys and values of every layer and head."""
+    vectors = model.num_hidden_layers * (config.num_blocks + 1) * 2 * model.num_key_value_heads * config.block_size
+    scale = torch.float16.itemsize if kind.itemsize == 1 else 0
+    return vectors * (model.head_dim * kind.itemsize + scale)
+
+
 def step_bytes(config: EngineConfig, model: LlamaConfig) -> int:
     """About what the largest step needs beside weights and cache: rows of a prompt between two products, and logits of all draws."""
     heads = model.num_attention_heads + 2 * model.num_key_value_heads
@@ -101,13 +112,15 @@ def step_bytes(config: EngineConfig, model: LlamaConfig) -> int:
     return 2 * config.max_num_batched_tokens * row + 2 * config.max_num_seqs * model.vocab_size
 
 
-def _check_memory(cache: int, step: int, free: int, config: EngineConfig) -> None:
-    """All in bytes."""
+def _check_memory(cache: int, step: int, free: int, config: EngineConfig, draft: Path | None = None) -> None:
+    """All in bytes. `draft`: the model whose cache it is, where that is not the engine's own."""
     if cache + step > free:
+        whose = "" if draft is None else f" for the draft of speculative_model {draft}, which has as many pages as the model's,"
         raise EngineError(
-            f"the KV cache of num_blocks {config.num_blocks} needs {_gib(cache)}, a step of max_num_batched_tokens "
+            f"the KV cache of num_blocks {config.num_blocks}{whose} needs {_gib(cache)}, a step of max_num_batched_tokens "
             f"{config.max_num_batched_tokens} and max_num_seqs {config.max_num_seqs} about {_gib(step)}, and the GPU has {_gib(free)} "
-            "free: lower one of them, use kv_cache_dtype fp8 or int8, or free the GPU"
+            f"free{'' if draft is None else ' beside the model and its cache'}: lower one of them, use kv_cache_dtype fp8 or int8, "
+            f"{'' if draft is None else 'leave speculative_model out, '}or free the GPU"
         )
 
 
