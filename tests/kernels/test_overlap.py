@@ -73,7 +73,12 @@ class PretendedRunner:
         self._ring = torch.zeros(config.max_num_seqs, RING, dtype=torch.int32)
         self._cache: dict[tuple[int, int], int] = {}
         self._draft_cache: dict[tuple[int, int], int] = {}
+        self.guessed, self.pieces = (
+            0,
+            list[int](),
+        )  # launches with guesses; known tokens that the draft computed between two of all
         self.slots = self  # where `set_pages` is looked for
+        self.pieces.append(0)
 
     def set_pages(self, slot: int, pages: Sequence[int], fresh: bool) -> None:
         self._slots[slot].pages = list(pages)
@@ -112,10 +117,12 @@ class PretendedRunner:
         text[: len(tokens)] = tokens
 
     def catch_up(self, slot: int, tokens: Sequence[int], first: int) -> None:
+        self.pieces[-1] += len(tokens)
         for position, token in enumerate(tokens, first):
             self._write(self._draft_cache, self._slots[slot], position, token)
 
     def launch_guesses(self, slots: Sequence[int], times: int, guesses: int) -> None:
+        self.guessed += 1
         for number in list(slots) * times:
             slot = self._slots[number]
             last, known = slot.position, slot.text[: slot.position + 1]
@@ -131,6 +138,7 @@ class PretendedRunner:
                 self._advance(number, token)
 
     def publish(self) -> Ticket:
+        self.pieces.append(0)
         counts = [[slot.step, slot.made] for slot in self._slots]
         host = torch.cat((self._ring, torch.tensor(counts, dtype=torch.int32)), 1)
         return Ticket(host, Event(), Event())  # type: ignore[arg-type]
@@ -283,6 +291,44 @@ def test_right_guesses_save_steps(drafts: bool) -> None:
     stats = engine.stats()
     # The first token is the prompt's, and the last steps may go past the end.
     assert 59 <= stats.guessed_steps + stats.accepted_tokens < 59 + 32 and 0 < stats.accepted_tokens <= stats.guessed_tokens
+
+
+@pytest.mark.parametrize(("settings", "most"), [({"itl_target_ms": 0.001}, 16), ({"max_num_batched_tokens": 64}, 64)])
+def test_a_draft_model_catches_up_in_pieces_beside_answers(settings: dict[str, float], most: int) -> None:
+    """A long prompt is news to the draft: it computes no more of it beside a token than would be computed of a prompt."""
+    engine = make(
+        True, lambda: True, max_model_len=512, num_blocks=64, block_size=16, max_num_seqs=2, num_speculative_tokens=3, **settings
+    )
+    wanted = dict[str, list[int]]()
+    for seed, length in enumerate([300, 150]):
+        params = SamplingParams(max_tokens=100, temperature=0.0, seed=seed, ignore_eos=True)
+        prompt = [i * i % 60 for i in range(length)]
+        engine.add_request(str(seed), prompt, params)
+        wanted[str(seed)] = says(prompt, params)[0]
+    said = defaultdict[str, list[int]](list)
+    while engine.has_unfinished():
+        for output in engine.step():
+            said[output.request_id] += [] if output.token_id is None else [output.token_id]
+    runner: PretendedRunner = engine.runner  # type: ignore[assignment]
+    assert said == wanted and runner.guessed > 0
+    assert max(runner.pieces) <= most and sum(runner.pieces) > 400
+    steps = [record.steps for record, piece in zip(engine.step_log.last(), runner.pieces, strict=False) if piece]
+    assert set(steps[:-1]) == {1}, "while it catches up, nobody waits for a burst; with the last piece it guesses"
+
+
+def test_a_decision_to_guess_is_not_spent_on_what_has_to_land_first() -> None:
+    """A trial is a few decisions: each must show what guessing brings."""
+    asked = 0
+
+    def decide() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked % 6 >= 3
+
+    engine = make(True, decide, max_model_len=512, num_blocks=64, block_size=16, num_speculative_tokens=3)
+    engine.generate([[1, 2, 3]], SamplingParams(max_tokens=300, temperature=0.0, seed=1, ignore_eos=True))
+    runner: PretendedRunner = engine.runner  # type: ignore[assignment]
+    assert runner.guessed >= sum(i % 6 >= 3 for i in range(1, asked + 1)) - 1, "the last may find nothing left to do"
 
 
 def test_pages_for_guesses_that_do_not_fit_are_given_back() -> None:

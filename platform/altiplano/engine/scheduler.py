@@ -57,7 +57,7 @@ class Scheduler:
         """Choose the tokens of the next step and reserve their pages. Empty only when no request is there or all are blocked."""
         budget, chunks, preempted = self.budget, list[Chunk](), list[str]()
         self.running.sort(key=lambda r: r.order)
-        prompts = self._prompt_budget()
+        prompts = self.prompt_budget(self._decodes, shared=True)
         index = 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
@@ -88,6 +88,18 @@ class Scheduler:
         if self._guess is not None:
             self._add_guesses(self._guess, chunks, budget, prompts)
         return StepPlan(tuple(chunks), tuple(preempted))
+
+    def prompt_budget(self, decodes: Callable[[], int], *, shared: bool) -> int:
+        """Tokens of prompts that the next step may compute, over all requests.
+
+        `decodes`: counts the requests that decode in it, if anybody wants to know; `shared`: whether they need their part of the budget.
+        """
+        if self._prompt_limit is None:
+            return self.budget
+        rows = decodes()
+        if not rows:
+            return self.budget
+        return max(1, min(self._prompt_limit(rows), self.budget - rows if shared else self.budget))
 
     def advance(self, request: Request, chunk: Chunk, token: int | None) -> None:
         """Book a computed chunk without its guesses, and the token drawn from it."""
@@ -218,14 +230,8 @@ class Scheduler:
         if request.num_generated == 0:
             request.num_cached_tokens = request.num_computed
 
-    def _prompt_budget(self) -> int:
-        """Tokens of prompts that this step may compute, over all requests."""
-        if self._prompt_limit is None:
-            return self.budget
-        decodes = sum(not r.blocked and len(r.tokens) - r.num_computed == 1 for r in self.running)
-        if not decodes:
-            return self.budget
-        return max(1, min(self._prompt_limit(decodes), self.budget - decodes))
+    def _decodes(self) -> int:
+        return sum(not r.blocked and len(r.tokens) - r.num_computed == 1 for r in self.running)
 
     def _add_guesses(self, guess: Guess, chunks: list[Chunk], budget: int, catch_up: int) -> None:
         """Put guesses behind decodes; nothing while many requests share the step, and nobody is preempted for a guess."""

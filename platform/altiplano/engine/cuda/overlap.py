@@ -13,6 +13,7 @@ pages for all of them, counts the certain ones as computed, and corrects itself 
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from altiplano.engine.config import EngineConfig
 from altiplano.engine.core import Engine
@@ -42,7 +43,7 @@ class _Flight:
 
 @dataclass(frozen=True)
 class _Launched:
-    """What was launched together. `asked`: who decided whether to guess, where the question came up."""
+    """What was launched together. `asked`: who decided whether to guess, where the question came up and the answer was obeyed."""
 
     flights: list[_Flight]
     ticket: Ticket
@@ -51,6 +52,16 @@ class _Launched:
     decodes: int
     burst: int
     asked: Payoff | None
+    caught_up: bool  # a draft model has computed known tokens beside it
+
+
+class _Choice(NamedTuple):
+    """What to do about guesses in the next launch."""
+
+    guesses: int = 0  # for each request
+    asked: Payoff | None = None  # who has decided so
+    catch_up: int = 0  # known tokens that a draft model computes first, beside a plain step, as many as of a prompt
+    wait: bool = False  # what is in flight must land before a draft model can compute it
 
 
 class OverlappedEngine(Engine):
@@ -65,6 +76,7 @@ class OverlappedEngine(Engine):
         self._slack: dict[Request, int] = {}  # those of them that are not certain
         self._live: set[Request] = set()  # requests whose slot on the GPU is up to date
         self._known: dict[Request, int] = {}  # who guesses knows the request's text; tokens that a draft model has computed of it
+        self._postponed: Payoff | None = None  # it wants guesses, and a draft model does not know enough yet
         self._made: dict[int, int] = {}  # guesses made in each slot, over all its requests
 
     def has_unfinished(self) -> bool:
@@ -106,11 +118,12 @@ class OverlappedEngine(Engine):
         flights, budget, preempted = [], scheduler.budget, False
         # A burst beside a prompt would run at the small batch of those who are there already; one step keeps them going.
         alone = not self._prompts_follow()
-        guesses, asked = self._choose_guesses() if alone else (0, None)
-        if guesses and self._flying is not None and self._cuda.drafts and self._unknown():
-            return None  # what is in flight must land before a draft model can compute it
-        burst = 1 if not alone else MOST_DRAWN // (guesses + 1) if guesses else self._burst
         prompts = self._prompt_budget()
+        choice = self._choose_guesses(prompts) if alone else _Choice()
+        if choice.wait:
+            return None
+        guesses, short = choice.guesses, not alone or choice.catch_up
+        burst = 1 if short else MOST_DRAWN // (guesses + 1) if guesses else self._burst
         decodes, chunks = [], list[Chunk]()
         for request in list(scheduler.running):
             if request.state is not State.RUNNING:
@@ -137,38 +150,46 @@ class OverlappedEngine(Engine):
             flights += self._launch_chunks(chunks)
         if decodes:
             flights.append(self._launch_burst(decodes, burst, guesses))
+            if choice.catch_up:
+                self._catch_up(decodes, choice.catch_up)
         if not flights and not chunks:
             return None
         times = flights[-1].count if decodes else 1
         self._steps += times
         tokens = sum(len(chunk.tokens) for chunk in chunks)
-        return _Launched(flights, self._cuda.publish(), started, tokens, len(decodes), times, asked)
+        return _Launched(flights, self._cuda.publish(), started, tokens, len(decodes), times, choice.asked, choice.catch_up > 0)
 
     def _prompt_budget(self) -> int:
-        """Tokens of prompts that may be computed beside decodes, over all requests."""
-        if self.config.itl_target_ms is None:
-            return self._scheduler.budget
-        decodes = sum(not self._computing(request) for request in self._scheduler.running)
-        return self._prompt_limit(decodes) if decodes else self._scheduler.budget
+        """Tokens of prompts that may be computed beside decodes, which are launches of their own, over all requests."""
+        running = self._scheduler.running
+        return self._scheduler.prompt_budget(lambda: sum(not self._computing(request) for request in running), shared=False)
 
-    def _choose_guesses(self) -> tuple[int, Payoff | None]:
-        """Guesses for each running request, and who has decided on them."""
-        requests = len(self._scheduler.running)
+    def _choose_guesses(self, prompts: int) -> _Choice:
+        """What to do about guesses while nobody's prompt is computed, which could take `prompts` tokens of a step."""
+        requests, postponed = len(self._scheduler.running), self._postponed
+        self._postponed = None
         most = self._cuda.guesses_per_request(requests)
         if not most:
-            return 0, None
+            return _Choice()
         payoff = self._payoffs.of(requests)
-        if not payoff.decide():
-            return 0, payoff
+        if payoff is not postponed and not payoff.decide():
+            return _Choice(asked=payoff)
+        if self._cuda.drafts:
+            if self._behind() > prompts:
+                self._postponed = payoff
+                return _Choice(catch_up=max(prompts, 2 * requests))  # more than is drawn meanwhile
+            if self._flying is not None and self._unknown():
+                self._postponed = payoff
+                return _Choice(wait=True)
         scheduler, steps = self._scheduler, MOST_DRAWN // (most + 1)
         held = [len(request.pages) for request in scheduler.running]
         if all(scheduler.reserve(request, self._most(request, steps, most)) for request in scheduler.running):
-            return most, payoff
+            return _Choice(most, payoff)
         # Nobody is preempted for a guess, nor for pages that were kept for one.
         for request, pages in zip(scheduler.running, held, strict=True):
             scheduler.pool.release(request.pages[pages:])
             del request.pages[pages:]
-        return 0, None
+        return _Choice()
 
     def _most(self, request: Request, steps: int, guesses: int) -> int:
         """Tokens that may be computed before the next burst: in flight without certainty, and in `steps` more; none past the request's end."""
@@ -181,6 +202,11 @@ class OverlappedEngine(Engine):
         if any(not flight.guesses for flight in flights):
             return True
         return any(self._known.get(request, -1) < len(request.tokens) - 2 for request in self._scheduler.running)
+
+    def _behind(self) -> int:
+        """Known tokens that a draft model has to compute before its own steps, which begin with the last two."""
+        missing = [len(r.tokens) - 1 - self._known.get(r, 0) for r in self._scheduler.running]
+        return sum(tokens for tokens in missing if tokens > 1)
 
     def _computing(self, request: Request) -> bool:
         """Whether known tokens are still to be computed, other than the last one drawn."""
@@ -255,14 +281,23 @@ class OverlappedEngine(Engine):
 
     def _inform(self, requests: list[Request]) -> None:
         """Tell those who guess what they do not know of the requests; with a draft model nothing is in flight then."""
+        self._catch_up(requests, sum(len(request.tokens) for request in requests))
+        for request in requests:
+            self._known[request] = len(request.tokens) - 1
+
+    def _catch_up(self, requests: list[Request], most: int) -> None:
+        """The same, but a draft model computes `most` of the tokens."""
         for request in requests:
             assert request.slot is not None
             if request not in self._known:
                 self._cuda.remember(request.slot, request.tokens)
-            known, last = self._known.get(request, 0), len(request.tokens) - 1
-            if self._cuda.drafts and known < last - 1:  # its next step begins with the last two tokens
-                self._cuda.catch_up(request.slot, request.tokens[known:last], known)
-            self._known[request] = last
+            known = self._known.setdefault(request, 0)
+            missing = len(request.tokens) - 1 - known
+            n = min(missing, most)
+            if self._cuda.drafts and missing > 1 and n > 0:
+                self._cuda.catch_up(request.slot, request.tokens[known : known + n], known)
+                self._known[request] += n
+                most -= n
 
     def _room(self, request: Request) -> int:
         """Tokens that the reserved pages still hold: a burst may run past the request's end."""
@@ -320,7 +355,7 @@ class OverlappedEngine(Engine):
         # A prompt that was admitted into room made by eviction has taken time of its own.
         if landing.asked is not None and landing.decodes and not landing.prompt_tokens:
             landing.asked.observe(guessed, tokens / landing.decodes, seconds)
-        if self.config.itl_target_ms is not None and not guessed:
+        if self.config.itl_target_ms is not None and not guessed and not landing.caught_up:
             self._times.observe(Step(landing.prompt_tokens, landing.decodes, seconds / landing.burst))
 
     def _book_burst(self, request: Request, tokens: list[int], supposed: int, news: list[TokenOutput]) -> None:
