@@ -9,12 +9,14 @@ import contextlib
 import importlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import pytest
 import torch
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from triton.runtime.interpreter import tl as triton_language
 
@@ -67,6 +69,24 @@ def patch_kernels(patch: pytest.MonkeyPatch) -> None:
         for wait in ("gdc_wait", "gdc_launch_dependents"):
             if hasattr(module, wait):
                 patch.setattr(module, wait, lambda: None)
+
+
+def patch_rounding(patch: pytest.MonkeyPatch) -> None:
+    """float32 is rounded to bf16, float16 and e4m3 as a GPU does; the interpreter cuts the first off and loses carries of the last."""
+    convert = interpreter._convert_float
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8e4nv": torch.float8_e4m3fn}
+
+    def rounded(values: "np.ndarray[Any, Any]", given: object, wanted: object, mode: object) -> "np.ndarray[Any, Any]":
+        if str(given) != "fp32" or str(wanted) not in kinds:
+            found: np.ndarray[Any, Any] = convert(values, given, wanted, mode)
+            return found
+        wide, kind = torch.tensor(values.view(np.float32)), kinds[str(wanted)]
+        if kind is torch.float8_e4m3fn:
+            # The largest code is as far as its conversion goes.
+            return wide.clamp(-448, 448).to(kind).view(torch.uint8).numpy()
+        return wide.to(kind).view(torch.int16).numpy().view(np.uint16)
+
+    patch.setattr(interpreter, "_convert_float", rounded)
 
 
 @contextlib.contextmanager
