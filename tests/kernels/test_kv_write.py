@@ -106,3 +106,15 @@ def test_a_small_vector_is_not_lost_beside_large_ones(kind: torch.dtype) -> None
     written = cache.isfinite()
     vectors = (stood_for(batch) - cache)[written].view(-1, 16).norm(dim=1) / cache[written].view(-1, 16).norm(dim=1)
     assert float(vectors.max()) < {torch.int8: 0.01, torch.float8_e4m3fn: 0.06}[kind]
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-9, 1e-6])
+@pytest.mark.parametrize("kind", KINDS[1:], ids=str)
+def test_a_vector_of_next_to_nothing_becomes_zeros(kind: torch.dtype, size: float) -> None:
+    """Its scale is too small for float16."""
+    batch = Batch(Sizes(2, 2, 16, 16), kind, random.Random(2), tokens=3)
+    batch.qkv.fill_(size)
+    _, cache = batch.wanted()
+    batch.write()
+    found = stood_for(batch)[cache.isfinite()]
+    assert bool(found.isfinite().all()) and float(found.abs().max()) <= 2 * size + 1e-6

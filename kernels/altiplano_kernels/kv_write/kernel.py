@@ -9,6 +9,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MAX_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+LEAST = tl.constexpr(6e-8)  # the smallest float16: a scale of zero would make NaN of a vector of zeros
 
 
 @triton.jit
@@ -65,8 +66,8 @@ def _rope_kv_kernel(
     target, lower = cache + row * DIM + d[None, :], KV_HEADS * PAGE * DIM
     kind: tl.constexpr = cache.dtype.element_ty
     if CODE > 0:
-        key_scale = tl.maximum(tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 1), 1e-6) / CODE
-        value_scale = tl.maximum(tl.max(tl.maximum(tl.abs(third), tl.abs(fourth)), 1), 1e-6) / CODE
+        key_scale = tl.maximum(tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 1) / CODE, LEAST)
+        value_scale = tl.maximum(tl.max(tl.maximum(tl.abs(third), tl.abs(fourth)), 1) / CODE, LEAST)
         # Codes are made with the scale as it is stored, so that rounding of the scale costs nothing.
         key_scale, value_scale = key_scale.to(tl.float16), value_scale.to(tl.float16)
         where = scales + (page * 2 * KV_HEADS + kv) * PAGE + position % PAGE
