@@ -16,6 +16,19 @@ def check_prompt(request_id: str, in_use: Collection[str], prompt: Sequence[int]
         raise ValueError("the prompt is empty: give at least one token")
 
 
+def check_vocabulary(prompt: Sequence[int], others: Sequence[int], vocab_size: int) -> None:
+    """`others`: the token ids of logit_bias and stop_token_ids.
+
+    Raises:
+        ValueError: token ids that the model does not have.
+    """
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        raise ValueError(f"the prompt has token ids outside 0 … {vocab_size - 1}: it was made with another tokenizer")
+    bad = [token for token in others if not 0 <= token < vocab_size]
+    if bad:
+        raise ValueError(f"logit_bias and stop_token_ids name token ids {bad[:5]} outside 0 … {vocab_size - 1}")
+
+
 def check_length(prompt_len: int, max_tokens: int, max_model_len: int, least: int = 0) -> None:
     """`least`: tokens that are drawn however few are asked for.
 

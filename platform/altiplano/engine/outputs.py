@@ -11,7 +11,7 @@ class TokenOutput:
     token_id: int | None
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
-    finish_reason: str | None = None  # stop, length or abort
+    finish_reason: str | None = None  # stop, length or abort; error where vLLM gives up
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[float, ...] = ()  # of prompt tokens 1, 2, …; with the first output, when they were asked for
     prompt_top: tuple[tuple[tuple[int, float], ...], ...] = ()  # the most likely tokens there

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from altiplano.engine.vllm.mapping import room_for
 from altiplano.serve import messages as m
 from altiplano.serve.engine_errors import AsleepError, EngineDiedError, RefusedError
 from altiplano.serve.engine_sleep import EngineSleep
@@ -352,7 +353,7 @@ def engine_settings(s: ServeSettings) -> dict[str, Any]:
         "itl_target_ms": s.itl_target_ms,
         "deterministic": s.deterministic,
         "enable_prefix_caching": s.enable_prefix_caching,
-        "max_lora_rank": 512,
+        "max_lora_rank": room_for(s.adapters.values()) if s.engine == "vllm" else 512,
         # A laptop's engine shares its cores with the front end and with training.
         "threads": 1 if s.device == "cpu" and (os.cpu_count() or 1) <= 4 else 0,
     }

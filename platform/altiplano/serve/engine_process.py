@@ -23,6 +23,8 @@ from altiplano.serve import messages as m
 from altiplano.serve.grammars import Gone, Grammars
 from altiplano.serve.grammars import Report as GrammarReport
 
+GAVE_UP = "vLLM gave the request up: its grammar and its tokens did not go together; vLLM's log says more"
+
 
 class _Where(TypedDict):
     """Where a request belongs."""
@@ -39,6 +41,7 @@ class Loop:
         self._connection, self._engine = connection, engine
         self._inbox: queue.Queue[m.Command | GrammarReport | None] = queue.Queue()
         self._bedtimes: list[m.Sleep] = []  # that wait for requests to end
+        self._held: dict[str, m.Add] = {}  # requests to vLLM whose grammars are being tried
         runner, tokenizer = engine.runner, str(engine.config.model / "tokenizer.json")
         self._grammars = Grammars(tokenizer, runner.vocab_size, runner.eos_token_ids, self._inbox.put)
 
@@ -48,6 +51,8 @@ class Loop:
         threading.Thread(target=self._read, daemon=True, name="commands").start()
         while self._take_commands():
             news = self._engine.step()
+            if isinstance(self._engine, VllmEngine):
+                news = self._without_errors(news)
             if news:
                 self._tell_grammars(news)
                 waits = {output.request_id: output.queue_seconds for output in news if output.queue_seconds is not None}
@@ -74,12 +79,15 @@ class Loop:
     def _handle(self, command: m.Command) -> None:
         engine = self._engine
         if isinstance(command, m.Add):
-            try:
-                self._add(command)
-            except ValueError as error:
-                self._send(m.Refused(command.request_id, str(error)))
+            if command.grammar is not None and isinstance(engine, VllmEngine):
+                # vLLM compiles it in this process and without limits: first our own process has to manage.
+                self._held[command.request_id] = command
+                self._grammars.begin(command.request_id, command.grammar)
+            else:
+                self._try_to_add(command)
         elif isinstance(command, m.Abort):
             engine.abort(command.request_id)
+            self._held.pop(command.request_id, None)
             self._grammars.forget(command.request_id)
         elif isinstance(command, m.AskStats):
             stats, log = {name: float(value) for name, value in asdict(engine.stats()).items()}, engine.step_log
@@ -123,6 +131,12 @@ class Loop:
             self._do(command.call, partial(self._engine.sleep, command.level))
         self._bedtimes.clear()
 
+    def _try_to_add(self, command: m.Add) -> None:
+        try:
+            self._add(command)
+        except ValueError as error:
+            self._send(m.Refused(command.request_id, str(error)))
+
     def _add(self, command: m.Add) -> None:
         engine, named = self._engine, (command.request_id, command.prompt)
         params = SamplingParams(**msgspec.structs.asdict(command.sampling), structured=command.grammar is not None)
@@ -136,12 +150,23 @@ class Loop:
 
     def _handle_grammars(self, report: GrammarReport) -> None:
         for answer in self._grammars.take_report(report):
-            if isinstance(answer, w.Allowed):
+            held = self._held.pop(answer.request_id, None)
+            if held is not None and isinstance(answer, w.Allowed):
+                self._grammars.forget(held.request_id)
+                self._try_to_add(held)
+            elif isinstance(answer, w.Allowed):
                 assert isinstance(self._engine, Engine)
                 self._engine.allow(answer.request_id, answer.tokens)
             else:
                 self._engine.abort(answer.request_id)
                 self._send(m.Refused(answer.request_id, answer.error))
+
+    def _without_errors(self, news: list[TokenOutput]) -> list[TokenOutput]:
+        """The rest of the news, when those that ended in an error are told."""
+        for output in news:
+            if output.finish_reason == "error":
+                self._send(m.Refused(output.request_id, GAVE_UP))
+        return [output for output in news if output.finish_reason != "error"]
 
     def _tell_grammars(self, news: list[TokenOutput]) -> None:
         for output in news:

@@ -1,11 +1,10 @@
 """vLLM's synchronous engine as ours: the same calls, the same outputs.
 
-Written against the documented interface of vLLM 0.26: EngineArgs, LLMEngine (from_engine_args, add_request, step, abort_request,
-add_lora, remove_lora, get_metrics), SamplingParams, StructuredOutputsParams, LoRARequest.
+Of vLLM 0.26: EngineArgs, LLMEngine (from_engine_args, add_request, step, abort_request, add_lora, remove_lora, sleep, wake_up,
+get_metrics), SamplingParams, StructuredOutputsParams, tokens_input, LoRARequest; tests/engine/vllm_surface.py has their signatures.
 """
 
 import itertools
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,9 +12,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from altiplano.engine.checks import check_length, check_loaded, check_prompt, check_unused
+from altiplano.engine.checks import check_length, check_loaded, check_prompt, check_unused, check_vocabulary
 from altiplano.engine.config import EngineConfig, read_config
-from altiplano.engine.errors import AdapterError, EngineError
+from altiplano.engine.errors import AdapterError, EngineAsleepError, EngineError
 from altiplano.engine.outputs import EngineStats, TokenOutput
 from altiplano.engine.params import SamplingParams
 from altiplano.engine.steps import StepLog
@@ -54,22 +53,31 @@ class VllmEngine:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        arguments = engine_args(config)
-        self.config, model = config, read_config(config.model)
+        engine_args(config)  # refuses what vLLM lacks before it is imported, which takes seconds
+        self.config, self._model = config, read_config(config.model)
+        model = self._model
         self.runner = Model(model.vocab_size, model.eos_token_ids, model.max_position_embeddings)
         try:
             self._vllm = import_module("vllm")
         except ImportError as error:
             raise EngineError(f"{MISSING} ({error})") from error
-        self._sampling = import_module("vllm.sampling_params")
-        self._lora = import_module("vllm.lora.request")
-        self._engine: Any = self._vllm.LLMEngine.from_engine_args(self._vllm.EngineArgs(**arguments))
+        self._inputs, self._sampling, self._lora = (
+            import_module(f"vllm.{name}") for name in ("inputs", "sampling_params", "lora.request")
+        )
+        here = import_module("vllm.platforms").current_platform
+        self._sleeps = here.is_sleep_mode_available() and here.is_cumem_allocator_available()
+        try:
+            arguments = self._vllm.EngineArgs(**engine_args(config, self._sleeps))
+            self._engine: Any = self._vllm.LLMEngine.from_engine_args(arguments)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise EngineError(f"vLLM does not start: {error}") from error
         self._requests: dict[str, _Request] = {}
         self._adapters: dict[str, Any] = {}
         self._numbers = itertools.count(1)
         self._news: list[TokenOutput] = []
         self._prompt_tokens = self._generated = self._cached = self._steps = 0
         self._seconds = 0.0
+        self._asleep = False
         self.step_log = StepLog()  # without KV use and guesses, which vLLM does not tell by step
 
     @property
@@ -92,24 +100,25 @@ class VllmEngine:
         Raises:
             ValueError: what our own engine refuses, or vLLM does.
         """
+        self._check_awake()
         check_prompt(request_id, self._requests, prompt_token_ids)
+        check_vocabulary(prompt_token_ids, (*(params.logit_bias or ()), *params.stop_token_ids), self.runner.vocab_size)
         check_length(len(prompt_token_ids), params.max_tokens, self.config.max_model_len, least=1)
         check_loaded(adapter, self._adapters)
         if not self._requests:
             self.step_log.idle()
-        settings = sampling_params(params, grammar)
+        settings = sampling_params(params, self._model, grammar)
         if grammar is not None:
             settings["structured_outputs"] = self._sampling.StructuredOutputsParams(grammar=grammar)
-        prompt: dict[str, Any] = {"prompt_token_ids": list(prompt_token_ids)}
-        if namespace:
-            prompt["cache_salt"] = namespace
-        self._engine.add_request(
-            request_id,
-            prompt,
-            self._sampling.SamplingParams(**settings, output_kind=self._sampling.RequestOutputKind.DELTA),
-            lora_request=None if adapter is None else self._adapters[adapter],
-            priority=priority,
-        )
+        prompt = self._inputs.tokens_input(list(prompt_token_ids), cache_salt=namespace or None)
+        drawing = self._sampling.SamplingParams(**settings, output_kind=self._sampling.RequestOutputKind.DELTA)
+        lora = None if adapter is None else self._adapters[adapter]
+        try:
+            self._engine.add_request(request_id, prompt, drawing, lora_request=lora, priority=priority)
+        except ValueError:
+            raise
+        except Exception as error:  # one request's trouble must not be everybody's
+            raise EngineError(f"vLLM does not take the request: {type(error).__name__}: {error}") from error
         self._requests[request_id] = _Request(len(prompt_token_ids), params.max_tokens, params.logprobs or 0, adapter)
         self._prompt_tokens += len(prompt_token_ids)
 
@@ -151,18 +160,19 @@ class VllmEngine:
         """Load (or replace) a LoRA adapter from a directory in PEFT's format.
 
         Raises:
-            AdapterError: it is in use, of a kind that vLLM does not run, or vLLM refuses it.
+            AdapterError: it is in use, made for another base, of a kind that vLLM does not run, one too many, or vLLM refuses it.
+            EngineAsleepError: there is no memory for it now.
         """
+        self._check_awake()
         self._check_unused(name)
-        _check_kind(directory)
-        # Its id is new, so cached prefixes of a predecessor of the same name are not hit.
-        adapter = self._lora.LoRARequest(lora_name=name, lora_int_id=next(self._numbers), lora_path=str(directory))
+        self._check_fits(name, directory)
+        # Its name is new too: vLLM tells cached prefixes apart by the names of adapters, so those of a predecessor are not hit.
+        number = next(self._numbers)
+        adapter = self._lora.LoRARequest(lora_name=f"{name}#{number}", lora_int_id=number, lora_path=str(directory))
         try:
-            loaded = self._engine.add_lora(adapter)
-        except (ValueError, RuntimeError, OSError) as error:
+            self._engine.add_lora(adapter)
+        except Exception as error:  # of any kind: vLLM reads the adapter before it changes anything, and goes on
             raise AdapterError(f"vLLM does not load adapter {name!r} from {directory}: {error}") from error
-        if loaded is False:
-            raise AdapterError(f"vLLM does not load adapter {name!r} from {directory}: unload another, or raise max_loras")
         before = self._adapters.get(name)
         self._adapters[name] = adapter
         if before is not None:
@@ -186,23 +196,53 @@ class VllmEngine:
     def check_sleep(self, level: int) -> None:
         """
         Raises:
-            EngineError: always.
+            EngineError: it is not level 1 (vLLM's level 2 loses the adapters), or vLLM cannot do that here.
         """
-        raise EngineError("engine vllm does not sleep: take the endpoint down to free its GPU, or use engine altiplano")
+        if not self._sleeps:
+            raise EngineError("vLLM cannot sleep on this platform: take the endpoint down to free its memory")
+        if level != 1:
+            raise EngineError(
+                f"engine vllm does not sleep at level {level}: use 1 (weights wait in host memory), or engine altiplano"
+            )
 
     def sleep(self, level: int = 1) -> None:
+        """As `Engine.sleep`, level 1 only.
+
+        Raises:
+            EngineError: another level, or requests are under way.
+        """
         self.check_sleep(level)
+        if self._asleep:
+            return
+        if self.has_unfinished():
+            raise EngineError(f"{len(self._requests)} requests are under way: wait for them, or abort them, before it sleeps")
+        self._engine.step()  # vLLM runs a step ahead: the one after the last answer is still under way
+        self._engine.sleep(level)
+        self._asleep = True
 
     def wake_up(self) -> None:
-        """It never sleeps."""
+        """End `sleep`. Does nothing when awake.
+
+        Raises:
+            EngineError: there is too little memory now; it sleeps on.
+        """
+        if not self._asleep:
+            return
+        try:
+            self._engine.wake_up()
+        except RuntimeError as error:
+            raise EngineError(f"vLLM does not wake up: {error}") from error
+        self._asleep = False
 
     def stats(self) -> EngineStats:
         """Our own counts, and vLLM's gauges where it has them; what it does not tell is 0."""
         gauges = {metric.name: getattr(metric, "value", 0) for metric in self._engine.get_metrics()}
         usage = float(gauges.get("vllm:kv_cache_usage_perc", 0.0))
-        waiting = int(gauges.get("vllm:num_requests_waiting", 0))
+        # Gauges are as of the last step that had news: after an abort they are late.
+        waiting = min(int(gauges.get("vllm:num_requests_waiting", 0)), len(self._requests))
+        usage = usage if self._requests else 0.0
         return EngineStats(
-            num_running=len(self._requests) - min(waiting, len(self._requests)),
+            num_running=len(self._requests) - waiting,
             num_waiting=waiting,
             kv_cache_usage=usage,
             num_cached_pages=0,
@@ -219,18 +259,36 @@ class VllmEngine:
             step_seconds=self._seconds,
         )
 
+    def _check_awake(self) -> None:
+        if self._asleep:
+            raise EngineAsleepError("the engine sleeps: wake it up first")
+
     def _check_unused(self, adapter: str) -> None:
         check_unused(adapter, (request.adapter for request in self._requests.values()))
+
+    def _check_fits(self, name: str, directory: Path) -> None:
+        """What vLLM would take without a word: it copies a smaller base's matrices into a corner, and ignores ranks by module."""
+        most = self.config.max_loras
+        if name not in self._adapters and len(self._adapters) >= most:
+            raise AdapterError(f"{len(self._adapters)} adapters are loaded, and max_loras is {most}: unload one or raise it")
+        import torch  # not in the front end's process, which imports this module
+
+        from altiplano.engine.adapters import load_adapter
+
+        found = load_adapter(name, directory, self.config.model, self._model, self.config.max_lora_rank, torch.bfloat16, "cpu")
+        if any(gain is not None for layer in found.pairs for _, _, gain in layer.values()):
+            raise AdapterError(f"{directory} is DoRA, which vLLM does not run: merge it into its base, or use engine altiplano")
 
     def _take(self, request: _Request, output: Any) -> list[TokenOutput]:
         """A RequestOutput of kind DELTA as our outputs, one for each token."""
         (completion,) = output.outputs
         reason, tokens = completion.finish_reason, list(completion.token_ids)
-        logprobs = completion.logprobs or [None] * len(tokens)
+        # Without news vLLM repeats all that it has told before.
+        logprobs = completion.logprobs if tokens and completion.logprobs else [None] * len(tokens)
         if reason is not None:
             del self._requests[output.request_id]
         if request.max_tokens == 0:
-            tokens, logprobs, reason = [], [], reason and "length"
+            tokens, logprobs, reason = [], [], "length" if reason == "stop" else reason
         news = [
             TokenOutput(output.request_id, token, *_chosen(token, found, request.top))
             for token, found in zip(tokens, logprobs, strict=True)
@@ -248,16 +306,6 @@ class VllmEngine:
             news[0] = replace(news[0], num_cached_tokens=cached, queue_seconds=_queued(output), **first)
         news[-1] = replace(news[-1], finish_reason=reason)
         return news
-
-
-def _check_kind(directory: Path) -> None:
-    path = directory / "adapter_config.json"
-    try:
-        settings = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} cannot be read ({error}): the adapter must be a directory in PEFT's format") from error
-    if settings.get("use_dora"):
-        raise AdapterError(f"{path} is DoRA, which vLLM does not run: merge it into its base, or use engine altiplano")
 
 
 def _chosen(token: int, found: Any, top: int) -> tuple[float | None, tuple[tuple[int, float], ...]]:
