@@ -10,9 +10,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from altiplano_kernels.embed_norm.kernel import add_norm, add_norm_parts, embed_rows
+from altiplano_kernels.embed_norm.kernel import add_norm, embed_rows
 from altiplano_kernels.kv_write.kernel import MAX_CODE, rope_and_write
-from altiplano_kernels.linear.kernel import GATED, PARTS, Tiling, linear, linear_parts, swiglu_linear
 from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, choose_splits, decode
 from altiplano_kernels.prefill_attention.kernel import list_tiles, prefill
 from altiplano_kernels.rms_norm.reference import rms_norm
@@ -32,7 +31,6 @@ pytestmark = [
 PAGE = 32
 PRODUCTS = torch.bfloat16 if GPU else torch.float32  # the interpreter has no bf16 product
 SHAPES = [(32, 8, 64), (24, 8, 128), (4, 2, 32)] if GPU else [(6, 2, 32)]
-FEW, FEW_GATED = Tiling(16, 64, 128, 4, 4, 4), Tiling(16, 32, 128, 1, 3, 4)
 CACHES = [torch.bfloat16, torch.int8, torch.float8_e4m3fn] if GPU else [torch.bfloat16, torch.int8]
 
 
@@ -173,26 +171,6 @@ def test_norms(hidden: int) -> None:
     add_norm(x, residual, weight, x, 1e-5)
     assert error(residual, total.double().cpu()) < 8e-3
     assert error(x, rms_norm(total.double(), weight.double(), 1e-5).cpu()) < 8e-3
-
-
-@pytest.mark.parametrize(
-    ("rows", "parts", "gated"),
-    [(1, FEW, FEW_GATED), (13, FEW, FEW_GATED), (50, PARTS, GATED), (50, PARTS._replace(early=True), GATED._replace(early=True))],
-)
-def test_products_of_few_rows(rows: int, parts: Tiling, gated: Tiling) -> None:
-    torch.manual_seed(4)
-    x = torch.randn(rows, 1024).to(torch.bfloat16).to(DEVICE).to(PRODUCTS)
-    w = (torch.randn(256, 1024) * 0.05).to(torch.bfloat16).to(DEVICE).to(PRODUCTS)
-    residual, weight = (torch.randn(n, 256).to(torch.bfloat16).to(DEVICE) for n in (rows, 1))
-    product, wide = x.double() @ w.double().T, swiglu_reference(x.double() @ w.double().T)
-    found = linear_parts(x, w, parts)
-    assert error(found.sum(0), product.cpu()) < 1e-5
-    assert error(linear(x, w, parts), product.cpu()) < 8e-3
-    assert error(swiglu_linear(x, w, gated), wide.cpu()) < 8e-3
-    total, out = product + residual.double(), torch.empty_like(residual)
-    add_norm_parts(found, residual, weight[0], out, 1e-5)
-    assert error(residual, total.cpu()) < 8e-3
-    assert error(out, rms_norm(total, weight[0].double(), 1e-5).cpu()) < 1e-2
 
 
 def test_swiglu() -> None:

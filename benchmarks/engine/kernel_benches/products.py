@@ -5,7 +5,6 @@ from functools import partial
 
 import torch
 
-from altiplano_kernels.linear import kernel as linear_kernel
 from altiplano_kernels.steady_linear.kernel import linear as steady
 from kernel_benches.case import Case, Launch, Model, bf16, copies, each, product_bytes, rows_of
 
@@ -34,21 +33,6 @@ def gemm(model: Model) -> Iterator[Case]:
     for name, batches in counts.items():
         for rows in batches:
             yield product_case("gemm", model, name, rows, lambda x, w: x @ w.T)
-
-
-def linear(model: Model) -> Iterator[Case]:
-    """Parts of sums, and gate and up with their activation: up to 64 rows."""
-    for rows in (linear_kernel.MOST_ROWS // 2, linear_kernel.MOST_ROWS):
-        for name in ("o", "down"):
-            n, k = model.products[name]
-            tiling = linear_kernel.choose_tiling(n, k)
-            moved = 2 * n * k + rows * (2 * k + 4 * n * tiling.splits)
-            yield product_case("linear", model, name, rows, partial(linear_kernel.linear_parts, tiling=tiling, pdl=True), moved)
-        tiling = linear_kernel.choose_tiling(*model.products["qkv"])
-        yield product_case("linear", model, "qkv", rows, partial(linear_kernel.linear, tiling=tiling, pdl=True))
-        tiling = linear_kernel.choose_tiling(*model.products["gate_up"], gated=True)
-        moved = 2 * 2 * model.wide * model.hidden + 2 * rows * (model.hidden + model.wide)
-        yield product_case("linear", model, "gate_up", rows, partial(linear_kernel.swiglu_linear, tiling=tiling, pdl=True), moved)
 
 
 def steady_linear(model: Model) -> Iterator[Case]:
