@@ -6,6 +6,7 @@ In deterministic mode all paths add in one order, so every answer must be, token
 import json
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,33 @@ def test_requests_come_go_and_end_while_guessing_stops_and_starts(models: tuple[
     assert (stats.num_running, stats.kv_cache_held) == (0, 0) and stats.guessed_tokens > 0
     for kept in (engine._ahead, engine._slack, engine._live, engine._known):
         assert not kept, "nothing is kept of requests that have ended"
+
+
+def test_no_graph_with_guesses_is_captured_while_somebody_waits(
+    models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from altiplano.engine.cuda.graphs import PLAIN, DecodeGraphs
+
+    captured = list[tuple[int, object]]()
+
+    def ensure(self: DecodeGraphs, bucket: int, kind: object = PLAIN) -> None:
+        if (bucket, kind) not in captured:
+            captured.append((bucket, kind))
+
+    monkeypatch.setattr(DecodeGraphs, "ensure", ensure)
+    engine = make(models[0], 3, models[1], max_num_seqs=3)
+    start = list(captured)
+    # One, two and up to four requests, each with and without filters.
+    assert sorted(bucket for bucket, _ in start) == [1, 1, 2, 2, 4, 4]
+    for params in (GREEDY, FILTERED):
+        for requests in (1, 2, 3):
+            answers(engine, texts(requests), replace(params, max_tokens=3))
+    assert engine.stats().guessed_steps > 0
+    assert all(not kind.guesses for _, kind in captured[len(start) :])  # type: ignore[attr-defined]
+    captured.clear()
+    engine.sleep()
+    engine.wake_up()
+    assert captured == start, "what was captured points to memory that has moved"
 
 
 @pytest.mark.parametrize("kind", ["auto", "int8"])

@@ -83,6 +83,9 @@ class PretendedRunner:
     def set_pages(self, slot: int, pages: Sequence[int], fresh: bool) -> None:
         self._slots[slot].pages = list(pages)
 
+    def warm_up(self) -> None:
+        pass
+
     def guesses_per_request(self, requests: int) -> int:
         places = (16 // Guesses.bucket_of(requests) - 1) if 0 < requests <= 8 else 0
         return min(self._most, places)

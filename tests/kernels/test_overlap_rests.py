@@ -45,6 +45,9 @@ class Runner:
     def set_pages(self, slot: int, pages: Sequence[int], fresh: bool) -> None:
         pass
 
+    def warm_up(self) -> None:
+        pass
+
     def guesses_per_request(self, requests: int) -> int:
         return 0
 

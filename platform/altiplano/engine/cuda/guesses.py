@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from altiplano.engine.cuda.graphs import Kind
 from altiplano.engine.cuda.slots import SlotTable
 from altiplano.engine.cuda.stepper import Stepper
 from altiplano_kernels.few_rows.kernel import MOST_ROWS
@@ -48,6 +49,16 @@ class Guesses:
     def per_request(self, requests: int) -> int:
         """Guesses that each of so many requests gets in a step; 0 if there are too many of them."""
         return min(self._most, MOST_ROWS // self.bucket_of(requests) - 1) if 0 < requests <= MOST_REQUESTS else 0
+
+    def kinds(self, most_requests: int, adapted: Sequence[bool]) -> list[tuple[int, Kind]]:
+        """Buckets and kinds of all steps with guesses for up to `most_requests`: 16 at most."""
+        buckets = [bucket for bucket in BUCKETS if bucket <= self.bucket_of(min(most_requests, MOST_REQUESTS))]
+        return [
+            (bucket, Kind(filtered, one, self.per_request(bucket)))
+            for one in adapted
+            for filtered in (False, True)
+            for bucket in buckets
+        ]
 
     def set_parents(self, slots: Sequence[int], bucket: int) -> None:
         """The requests of the next steps; the rest of the bucket is scratch. Asynchronous."""

@@ -40,8 +40,13 @@ def load_model(
     kv_cache_dtype: str,
     quantization: str,
     max_batch: int,
+    *,
+    drafts: bool = False,
 ) -> Loaded:
     """The model in the directory `where`, for steps over `slots` of up to `max_batch` rows, with a cache of `num_blocks` pages and scratch.
+
+    `drafts`: it guesses for the model of `config`, which draws every token itself. So its own tokens may depend on who else is in
+    the batch: that changes how many guesses are right, and no answer.
 
     Raises:
         EngineError: an unknown cache type or quantization, or too little memory (the message says how much is needed, and which
@@ -61,7 +66,6 @@ def load_model(
             return code_weights(weights, CODES[quantization])
         return weights if bits == 16 else pack_weights(weights, bits, model.head_dim, fused_qkv=kind is torch.bfloat16)
 
-    drafts = where == config.speculative_model
     try:
         weights = make_weights()
     except torch.OutOfMemoryError as error:
@@ -77,10 +81,10 @@ def load_model(
     shape = (model.num_hidden_layers, config.num_blocks + 1, 2, model.num_key_value_heads, config.block_size, model.head_dim)
     cache = torch.zeros(shape, dtype=kind, device=device)
     scales = torch.zeros(shape[:-1], dtype=torch.float16, device=device) if kind.itemsize == 1 else None
-    llama = CudaLlama(model, weights, cache, scales, slots, max_batch, config.deterministic)
+    llama = CudaLlama(model, weights, cache, scales, slots, max_batch, config.deterministic and not drafts)
     few = None
-    if quantization not in CODES and not config.deterministic and FewRows.supports(model, config.block_size, bits):
-        few = FewRows(llama, steady=config.num_speculative_tokens > 0)
+    if quantization not in CODES and not llama.deterministic and FewRows.supports(model, config.block_size, bits):
+        few = FewRows(llama, steady=config.num_speculative_tokens > 0 and not drafts)
     return Loaded(Stepper(llama, few, DrawWorkspace(max_batch, model.vocab_size, device)), make_weights)
 
 

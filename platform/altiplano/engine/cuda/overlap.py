@@ -10,9 +10,13 @@ request gives back are written by their next owner only after the last stray wri
 
 With guesses (see `guesses.py`) the host does not know either how many tokens a burst draws, only how many at most: it reserves
 pages for all of them, counts the certain ones as computed, and corrects itself when the burst is read.
+
+A graph with guesses takes a tenth of a second to capture, and guesses begin where few requests run and every token is waited for. So
+these graphs, 16 at most, are captured while nobody waits: at the start, with an adapter that comes to an idle engine, and after sleep.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from altiplano.engine.config import EngineConfig
@@ -78,6 +82,7 @@ class OverlappedEngine(Engine):
         self._known: dict[Request, int] = {}  # who guesses knows the request's text; tokens that a draft model has computed of it
         self._postponed: Payoff | None = None  # it wants guesses, and a draft model does not know enough yet
         self._made: dict[int, int] = {}  # guesses made in each slot, over all its requests
+        runner.warm_up()
 
     def has_unfinished(self) -> bool:
         return super().has_unfinished() or self._flying is not None
@@ -102,6 +107,15 @@ class OverlappedEngine(Engine):
         if self.config.debug and self._flying is None:
             self._scheduler.check()
         return news
+
+    def load_adapter(self, name: str, directory: Path) -> None:
+        super().load_adapter(name, directory)
+        if not self.has_unfinished():
+            self._cuda.warm_up()
+
+    def wake_up(self) -> None:
+        super().wake_up()
+        self._cuda.warm_up()
 
     def abort(self, request_id: str) -> None:
         request = self._requests.get(request_id)

@@ -89,7 +89,7 @@ class CudaRunner:
             check_vocabulary(config, draft.vocab_size, model.vocab_size)
             quantization, rows = config.speculative_quantization, 2 * MOST_REQUESTS
             self._models.append(
-                load_model(config, config.speculative_model, draft, self.slots, kv_cache_dtype, quantization, rows)
+                load_model(config, config.speculative_model, draft, self.slots, kv_cache_dtype, quantization, rows, drafts=True)
             )
         self.stepper, *drafts = (loaded.stepper for loaded in self._models)
         self.model = self.stepper.model
@@ -271,11 +271,15 @@ class CudaRunner:
             done.record()
         return Ticket(host, ready, done)
 
-    def warm_up(self, batches: Sequence[int]) -> None:
-        """Capture the graphs of these batch sizes now instead of at first use."""
+    def warm_up(self, batches: Sequence[int] = ()) -> None:
+        """Capture the graphs of these batch sizes, and of all steps with guesses that may come, now instead of at first use."""
         with torch.inference_mode():
             for batch in sorted({bucket_of(batch) for batch in batches}, reverse=True):
                 self._graphs.ensure(batch)
+            if self._guesses is not None:
+                adapted = (False,) if self._pool is None else (False, True)
+                for bucket, kind in self._guesses.kinds(self._config.max_num_seqs, adapted):
+                    self._graphs.ensure(bucket, kind)
 
     def _is_decode(self, chunk: Chunk) -> bool:
         return len(chunk.tokens) == 1 and chunk.sample and drawing.is_plain(chunk.params, chunk.generated)
