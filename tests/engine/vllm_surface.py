@@ -29,6 +29,7 @@ class EngineArgs:
     enable_prefix_caching: bool | None = None
     enable_lora: bool = False
     max_loras: int = 1
+    lora_target_modules: list[str] | None = None
     max_cpu_loras: int | None = None
     max_lora_rank: int = 16
     scheduling_policy: str = "fcfs"

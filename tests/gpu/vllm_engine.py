@@ -240,6 +240,11 @@ async def prompt_log_probabilities(bench: Bench) -> str:
         pairs = [(a, b) for a, b in zip(answer.prompt_logprobs, wanted, strict=True) if b > -10]
         worst = max(worst, *(abs(a - b) for a, b in pairs))
     check(worst < 3 * bench.tie, f"off by {worst:.3f}")
+    many = m.Sampling(max_tokens=4, temperature=0.0, logprobs=1, prompt_logprobs=True)
+    scored = await asyncio.gather(*(bench.ask(tokens, many) for tokens in (*bench.prompts, long)), bench.greedy(prompt))
+    check(
+        all(len(a.prompt_logprobs) == len(p) - 1 for a, p in zip(scored, [*bench.prompts, long], strict=False)), "of many at once"
+    )
     single = await bench.ask([0], m.Sampling(max_tokens=2, temperature=0.0, logprobs=0, prompt_logprobs=True))
     check(single.prompt_logprobs == () and len(single.tokens) == 2, f"{single}")
     return f"max abs error {worst:.4f}"

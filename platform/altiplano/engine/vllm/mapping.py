@@ -12,6 +12,9 @@ from altiplano.engine.params import SamplingParams
 CACHE_DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp8": "fp8", "int8": "int8_per_token_head"}  # auto is the model's own
 QUANTIZATIONS = {"none": None, "w8a8-fp8": "fp8"}  # those that vLLM makes while it loads
 BLOCK_SIZES = (16, 32, 64, 128)
+# What our adapters change. Without the list vLLM puts room for LoRA around the LM head too, which every step pays for, and which
+# reads past its rows where prompt log-probabilities are asked for.
+LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of its LoRAConfig
 # What its samplers have room for; a request with more would end the engine, not itself.
 MAX_LOGIT_BIAS, MAX_BANNED_STOPS = 1024, 128
@@ -112,6 +115,7 @@ def _adapter_args(config: EngineConfig) -> dict[str, Any]:
         return {"enable_lora": False}
     return {
         "enable_lora": True,
+        "lora_target_modules": list(LORA_MODULES),
         "max_loras": config.max_loras,
         # Room for a successor beside its predecessor: vLLM throws out the adapter that was used least lately, in silence.
         "max_cpu_loras": config.max_loras + 1,
