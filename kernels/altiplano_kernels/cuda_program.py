@@ -46,15 +46,15 @@ class Kernel:
     def __init__(self, cubin: bytes, name: str) -> None:
         torch.cuda.current_stream()  # makes sure that torch's context is there
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
-        _driver("cuModuleLoadData", ctypes.byref(self._module), cubin)
-        _driver("cuModuleGetFunction", ctypes.byref(self._function), self._module, name.encode())
+        driver("cuModuleLoadData", ctypes.byref(self._module), cubin)
+        driver("cuModuleGetFunction", ctypes.byref(self._function), self._module, name.encode())
 
     def allow(self, shared: int, large_cluster: bool = False) -> None:
         """Permit up to `shared` bytes of dynamic shared memory, and clusters of 16 blocks."""
         if shared > 0:
-            _driver("cuFuncSetAttribute", self._function, _MAX_DYNAMIC_SHARED, shared)
+            driver("cuFuncSetAttribute", self._function, _MAX_DYNAMIC_SHARED, shared)
         if large_cluster:
-            _driver("cuFuncSetAttribute", self._function, _NON_PORTABLE_CLUSTER, 1)
+            driver("cuFuncSetAttribute", self._function, _NON_PORTABLE_CLUSTER, 1)
 
     def launch(
         self, grid: tuple[int, int, int], threads: int, arguments: ctypes.Structure, shared: int = 0, pdl: bool = True
@@ -66,7 +66,7 @@ class Kernel:
             ctypes.pointer(attribute), int(pdl),
         )  # fmt: skip
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        _driver("cuLaunchKernelEx", ctypes.byref(launch), self._function, pointers, None)
+        driver("cuLaunchKernelEx", ctypes.byref(launch), self._function, pointers, None)
 
 
 def struct(name: str, *fields: str) -> type[ctypes.Structure]:
@@ -150,7 +150,8 @@ def _nvrtc() -> ctypes.CDLL:
     )
 
 
-def _driver(call: str, *arguments: object) -> None:
+def driver(call: str, *arguments: object) -> None:
+    """Call a function of CUDA's driver. Raises KernelBuildError with what the driver says."""
     library = _driver_library()
     code = getattr(library, call)(*arguments)
     if code:

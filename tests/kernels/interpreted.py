@@ -21,7 +21,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from triton.runtime.interpreter import tl as triton_language
 
 KERNELS = (
-    "sampling", "filtered_sampling", "guessing", "embed_norm", "kv_write", "linear", "steady_linear", "paged_attention",
+    "sampling", "filtered_sampling", "guessing", "embed_norm", "kv_write", "steady_linear", "paged_attention",
     "prefill_attention", "swiglu", "multi_lora", "w8a8",
 )  # fmt: skip
 

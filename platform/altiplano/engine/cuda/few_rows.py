@@ -19,6 +19,7 @@ from altiplano_kernels.few_rows import kernel as few
 from altiplano_kernels.few_rows.quantized import Packed
 from altiplano_kernels.kv_write.kernel import rope_and_write
 from altiplano_kernels.sampling.kernel import advance
+from altiplano_kernels.tile_linear import kernel as tile
 
 if TYPE_CHECKING:
     from altiplano.engine.cuda.model import CudaLlama
@@ -44,6 +45,9 @@ class FewRows:
         self.plans: dict[str, few.Plan] = {}  # overrides, for tuning
         self.shape: Shape | None = None  # of attention, likewise
         self._steady = steady
+        # From nine rows on tiles are faster, but their sums are not those of one row, and packed weights have none.
+        tiled = not steady and bool(model.tilings_of(few.MOST_ROWS))
+        self.most_rows = tile.LEAST_ROWS - 1 if tiled else few.MOST_ROWS
         if steady:
             self.shape = choose_shape(8, config.num_key_value_heads, config.head_dim, model.cache.element_size())
 

@@ -1,6 +1,6 @@
 """A Llama's forward pass over rows of a step on the GPU: prompts, and decode steps of more rows than `few_rows` takes.
 
-Products are cuBLAS or, for a few dozen rows, ours; between them are Triton kernels and attention in clusters.
+Products are cuBLAS or, up to a few hundred rows, ours; between them are Triton kernels and attention in clusters.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,32 +15,17 @@ from altiplano.engine.weights import Layer, Weights
 from altiplano_kernels.cluster_attention.kernel import decode_clusters, fits
 from altiplano_kernels.embed_norm.kernel import add_norm, add_norm_parts, embed_rows
 from altiplano_kernels.kv_write.kernel import rope_and_write
-from altiplano_kernels.linear import kernel as linear
 from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, choose_splits, choose_tiling, decode
 from altiplano_kernels.prefill_attention.kernel import prefill
 from altiplano_kernels.rope.reference import cos_sin, inverse_frequencies
 from altiplano_kernels.steady_linear import kernel as steady
 from altiplano_kernels.swiglu.kernel import swiglu
+from altiplano_kernels.tile_linear import kernel as tile
 from altiplano_kernels.w8a8 import kernel as w8a8
 
-# Below, the kernels of `few_rows` do the step; where they do not fit, the library's products are faster than ours that split sums.
-LEAST_SPLIT_ROWS = 17
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
-
-
-def _tilings(layer: AnyLayer | CodedLayer) -> dict[str, linear.Tiling]:
-    """Of our own products for a few dozen rows, where all of them fit; that of QKV may be missing, for it can be the library's."""
-    found: dict[str, linear.Tiling] = {}
-    if not isinstance(layer, Layer):
-        return found
-    for name in ("o", "gate_up", "down"):
-        n, k = getattr(layer, name).shape
-        tiling = linear.choose_tiling(n, k, name == "gate_up")
-        if not linear.fits(tiling, n // 2 if name == "gate_up" else n, k):
-            return {}
-        found[name] = tiling
-    n, k = layer.qkv.shape
-    return found | ({"qkv": linear.TUNED[n, k]} if (n, k) in linear.TUNED else {})
+Tilings = dict[str, tile.Tiling]
+KINDS = {"qkv": tile.WHOLE, "o": tile.PARTS, "gate_up": tile.GATED, "down": tile.PARTS}
 
 
 class CudaLlama:
@@ -69,7 +54,8 @@ class CudaLlama:
         kv_heads = config.num_key_value_heads
         # The batch whose splits need most room decides.
         need = max(batch * choose_splits(batch, kv_heads, config.head_dim) for batch in range(1, max_batch + 1))
-        self.tilings = _tilings(weights.layers[0])
+        self._tiles = tile.runs_on(cache.device) and not deterministic
+        self.tilings: dict[int, Tilings] = {}  # of our products, by the rows of a step
         self._clusters = fits(config.num_attention_heads, kv_heads, config.head_dim, cache.shape[4])
         self._workspace = DecodeWorkspace(max(need, max_batch), kv_heads, config.head_dim, device, 1)
 
@@ -140,6 +126,27 @@ class CudaLlama:
 
         return self._layers(x, residual, positions, slots_of, attend, update, False)
 
+    def tilings_of(self, rows: int) -> Tilings:
+        """Of those products of a step that are ours; the others are the library's."""
+        if rows not in self.tilings:
+            layer = self.weights.layers[0]
+            # Weights that are unpacked in the step cannot be asked for before the kernel that unpacks them has ended.
+            tiled = isinstance(layer, Layer) and self._tiles
+            found = {name: tile.choose(rows, getattr(layer, name), kind) for name, kind in KINDS.items()} if tiled else {}
+            self.tilings[rows] = {name: tiling for name, tiling in found.items() if tiling is not None}
+        return self.tilings[rows]
+
+    def draw(self, rows: torch.Tensor, hidden: torch.Tensor, pdl: bool = True) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Candidates of the plain draw, float32 and int32 [rows, candidates], without logits; None: the head is for the library.
+
+        rows: as for `decode_hidden`, whose result `hidden` is. Capturable.
+        """
+        head, slots = self.weights.head, self.slots
+        tiling = tile.choose(len(rows), head, tile.DRAW) if self._tiles else None
+        if tiling is None:
+            return None
+        return tile.linear_draw(hidden, head, tiling, rows, slots.temperatures, slots.seeds, slots.steps, pdl)
+
     def head(self, hidden: torch.Tensor, kind: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """Logits [rows, vocab] of last hidden states [rows, hidden]; float32 ones are not rounded on the way."""
         head = self.weights.head
@@ -160,9 +167,13 @@ class CudaLlama:
         config = self.config
         layers: Sequence[AnyLayer | CodedLayer] = self.weights.layers
         heads = config.num_attention_heads
-        split = pdl and LEAST_SPLIT_ROWS <= len(residual) <= linear.MOST_ROWS and update is None and bool(self.tilings)
+        tilings = self.tilings_of(len(residual)) if pdl and update is None else {}
         for index, layer in enumerate(layers):
-            qkv = self._split_qkv(x, layer, pdl) if split else self._product(x, layer, "qkv", pdl)
+            if "qkv" in tilings:
+                assert isinstance(x, torch.Tensor) and isinstance(layer, Layer), "tiles are of bf16"
+                qkv = tile.linear(x, layer.qkv, tilings["qkv"], pdl)
+            else:
+                qkv = self._product(x, layer, "qkv", pdl)
             if update is not None:
                 assert isinstance(x, torch.Tensor), "adapters read rows that are not quantized"
                 update("qkv", index, x, qkv)
@@ -170,12 +181,10 @@ class CudaLlama:
             rope_and_write(qkv, positions, slots_of, self.slots.tables, self.cos_sin, self.cache[index], scales, heads, pdl)
             mixed = attend(index, qkv)
             after = layers[index + 1].input_norm if index + 1 < len(layers) else self.weights.norm
-            if split and not isinstance(layer, CodedLayer):
-                x = self._finish_split(mixed, residual, layer, after, pdl)
-            elif isinstance(layer, CodedLayer) and update is None:
+            if isinstance(layer, CodedLayer) and update is None:
                 x = self._finish_coded(mixed, residual, layer, after, after is self.weights.norm, pdl)
             else:
-                x = self._finish(mixed, residual, index, after, update, pdl)
+                x = self._finish(mixed, residual, index, after, tilings, update, pdl)
         assert isinstance(x, torch.Tensor), "the last layer leaves bf16"
         return x
 
@@ -185,41 +194,45 @@ class CudaLlama:
         residual: torch.Tensor,
         index: int,
         after: torch.Tensor,
+        tilings: Tilings,
         update: Update | None,
         pdl: bool,
     ) -> torch.Tensor:
-        """From attention to the next layer's input, in steps that adapters can add to."""
-        layer, eps = self.weights.layers[index], self.config.rms_norm_eps
-        x = self._product(mixed, layer, "o", pdl)
-        if update is not None:
-            update("o", index, mixed, x)
-        add_norm(x, residual, layer.post_norm, x, eps, pdl)
-        gate_up = self._product(x, layer, "gate_up", pdl)
-        if update is not None:
-            update("gate_up", index, x, gate_up)
-        wide = swiglu(gate_up, torch.empty(len(x), gate_up.shape[1] // 2, dtype=x.dtype, device=x.device), pdl)
-        x = self._product(wide, layer, "down", pdl)
-        if update is not None:
-            update("down", index, wide, x)
-        add_norm(x, residual, after, x, eps, pdl)
-        return x
+        """From attention to the next layer's input, in steps that adapters can add to where no tilings are given."""
+        layer = self.weights.layers[index]
+        x = self._add_product(mixed, residual, index, "o", layer.post_norm, tilings, update, pdl)
+        if "gate_up" in tilings:
+            assert isinstance(layer, Layer), "tiles are of bf16"
+            wide = tile.swiglu_linear(x, layer.gate_up, tilings["gate_up"], pdl)
+        else:
+            gate_up = self._product(x, layer, "gate_up", pdl)
+            if update is not None:
+                update("gate_up", index, x, gate_up)
+            wide = swiglu(gate_up, torch.empty(len(x), gate_up.shape[1] // 2, dtype=x.dtype, device=x.device), pdl)
+        return self._add_product(wide, residual, index, "down", after, tilings, update, pdl)
 
-    def _finish_split(
-        self, mixed: torch.Tensor, residual: torch.Tensor, layer: AnyLayer, after: torch.Tensor, pdl: bool
+    def _add_product(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        index: int,
+        name: str,
+        norm: torch.Tensor,
+        tilings: Tilings,
+        update: Update | None,
+        pdl: bool,
     ) -> torch.Tensor:
-        """The same for a few rows: every kernel starts while the one before it ends."""
-        eps, tilings = self.config.rms_norm_eps, self.tilings
-        x = torch.empty_like(residual)
-        add_norm_parts(linear.linear_parts(mixed, layer.o, tilings["o"], pdl), residual, layer.post_norm, x, eps, pdl)
-        wide = linear.swiglu_linear(x, layer.gate_up, tilings["gate_up"], pdl)
-        add_norm_parts(linear.linear_parts(wide, layer.down, tilings["down"], pdl), residual, after, x, eps, pdl)
-        return x
-
-    def _split_qkv(self, x: torch.Tensor | w8a8.Codes, layer: AnyLayer | CodedLayer, pdl: bool) -> torch.Tensor:
-        tiling = self.tilings.get("qkv")
-        if tiling is None or not isinstance(layer, Layer) or not isinstance(x, torch.Tensor):
-            return self._product(x, layer, "qkv")
-        return linear.linear(x, layer.qkv, tiling, pdl)
+        """residual += x times a weight of a layer, in place; returns its norm."""
+        layer, eps = self.weights.layers[index], self.config.rms_norm_eps
+        if name in tilings:
+            out = torch.empty_like(residual)
+            add_norm_parts(tile.linear_parts(x, getattr(layer, name), tilings[name], pdl), residual, norm, out, eps, pdl)
+            return out
+        out = self._product(x, layer, name, pdl)
+        if update is not None:
+            update(name, index, x, out)
+        add_norm(out, residual, norm, out, eps, pdl)
+        return out
 
     def _finish_coded(
         self, mixed: torch.Tensor, residual: torch.Tensor, layer: CodedLayer, after: torch.Tensor, last: bool, pdl: bool

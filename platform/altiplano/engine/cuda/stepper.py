@@ -5,7 +5,6 @@ import torch
 from altiplano.engine.cuda.adapter_pool import Update
 from altiplano.engine.cuda.few_rows import FewRows
 from altiplano.engine.cuda.model import CudaLlama
-from altiplano_kernels.few_rows.kernel import MOST_ROWS
 from altiplano_kernels.filtered_sampling.kernel import draw_filtered
 from altiplano_kernels.sampling.kernel import DrawWorkspace, advance, draw
 
@@ -24,14 +23,18 @@ class Stepper:
     def step(self, rows: torch.Tensor, filtered: bool = False, update: Update | None = None, fresh: int = 1) -> None:
         """A token for each slot in `rows`: int32 [rows]. `filtered`: a row draws under top-k, top-p or min-p; `update`: of adapters;
         `fresh`: how many rows may belong to one request, at neighbouring positions."""
-        if self.few is not None and len(rows) <= MOST_ROWS and update is None:
+        if self.few is not None and len(rows) <= self.few.most_rows and update is None:
             if filtered:
                 self.draw_rows(rows, self.few.logits(rows, fresh), pdl=True, filtered=True)
             else:
                 self.few.step(rows, fresh)
             return
         hidden = self.model.decode_hidden(rows, update, fresh=fresh)
-        self.draw_rows(rows, self.model.head(hidden), pdl=True, filtered=filtered)
+        candidates = None if filtered else self.model.draw(rows, hidden)
+        if candidates is None:
+            self.draw_rows(rows, self.model.head(hidden), pdl=True, filtered=filtered)
+        else:
+            self._advance(rows, *candidates, candidates[0].shape[1], pdl=True)
 
     def draw_rows(self, rows: torch.Tensor, logits: torch.Tensor, pdl: bool, filtered: bool) -> None:
         """Draw from logits: [rows, vocab], and advance the slots in `rows`."""
@@ -40,4 +43,8 @@ class Stepper:
         if filtered:
             filters = (slots.top_ks, slots.top_ps, slots.min_ps)
             draw_filtered(logits, rows, slots.temperatures, *filters, slots.seeds, slots.steps, draws, pdl)
-        advance(draws.values, draws.ids, draws.parts, rows, slots.tokens, slots.positions, slots.steps, slots.ring, pdl)
+        self._advance(rows, draws.values, draws.ids, draws.parts, pdl)
+
+    def _advance(self, rows: torch.Tensor, values: torch.Tensor, ids: torch.Tensor, parts: int, pdl: bool) -> None:
+        slots = self.model.slots
+        advance(values, ids, parts, rows, slots.tokens, slots.positions, slots.steps, slots.ring, pdl)

@@ -1,0 +1,213 @@
+"""Launch of linear.cu: x @ w.T for 9 to 256 rows, as bf16, as float32 parts of a split K, through SwiGLU, or through the draw of a token.
+
+The parts of a split are left for the next kernel (residual add and norm), which reads the sums anyway: no reduction kernel, no atomics,
+and the order of summation never changes.
+"""
+
+import ctypes
+from bisect import bisect_left
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from altiplano_kernels.cuda_program import build, compile_source, driver
+
+SOURCE = Path(__file__).with_name("linear.cu")
+BOX = 64  # of K, which the tensor copy engine brings at once
+WHOLE, PARTS, GATED, DRAW = range(4)  # what becomes of the sums: KIND of linear.cu
+_BFLOAT16, _SWIZZLE_128, _PROMOTE_256 = 9, 3, 3  # CUtensorMapDataType, CUtensorMapSwizzle, CUtensorMapL2promotion
+_SHARED = 232_448 - 1024  # bytes that a block may have, less what static variables and alignment take
+
+
+class Tiling(NamedTuple):
+    """Groups of four warps; tiles of 64 rows in each; columns of a block; parts of K; stages of the ring; blocks for each processor; depth of a
+    stage."""
+
+    groups: int
+    tiles: int
+    columns: int
+    splits: int
+    stages: int
+    resident: int = 1
+    depth: int = BOX
+
+    @property
+    def rows(self) -> int:
+        """Of a block."""
+        return self.groups * self.tiles * 64
+
+
+LEAST_ROWS = 9  # below, few_rows is faster
+SIZES = (
+    16,
+    32,
+    64,
+    128,
+    192,
+    256,
+)  # up to so many rows the tilings below were measured, by benchmarks/engine/tune_tiles.py on an H200
+_WIDE, _DEEP = Tiling(1, 1, 128, 4, 8), Tiling(1, 1, 64, 2, 6, depth=128)
+_QKV = Tiling(1, 1, 64, 1, 6, depth=128)
+_HEAD = Tiling(1, 1, 128, 1, 4)
+# By kind, and n and k of the weight: a tiling for each size; None: the library's product is faster.
+TUNED: dict[tuple[int, int, int], tuple[Tiling | None, ...]] = {
+    (WHOLE, 3072, 2048): (_QKV, _QKV, _QKV, Tiling(1, 1, 128, 1, 4, depth=128), Tiling(1, 1, 128, 1, 8), Tiling(1, 1, 128, 1, 8)),
+    (WHOLE, 5120, 3072): (None, None, _QKV, Tiling(1, 1, 128, 1, 8), None, None),
+    (PARTS, 2048, 2048): (_WIDE, _DEEP, _DEEP, *[Tiling(1, 1, 128, 2, 8)] * 3),
+    (PARTS, 3072, 3072): (_WIDE, _WIDE, _DEEP, Tiling(1, 2, 64, 2, 8), None, None),
+    (PARTS, 2048, 8192): (
+        _WIDE, _WIDE, Tiling(1, 1, 64, 4, 4, depth=128), Tiling(1, 2, 64, 4, 4, depth=128), Tiling(3, 1, 64, 4, 6), Tiling(1, 2, 64, 2, 8),
+    ),
+    (PARTS, 3072, 8192): (_WIDE, _WIDE, _DEEP, Tiling(1, 2, 64, 2, 8), None, None),
+}  # fmt: skip
+USUAL: dict[int, tuple[Tiling | None, ...]] = {
+    WHOLE: (_QKV, _QKV, _QKV, Tiling(1, 1, 128, 1, 8), None, None),
+    PARTS: (_DEEP, _DEEP, _DEEP, Tiling(1, 2, 64, 2, 8), None, None),
+    GATED: (
+        Tiling(1, 1, 128, 1, 8), Tiling(1, 1, 128, 1, 8), Tiling(1, 1, 64, 1, 3, 2, 128), Tiling(1, 2, 64, 1, 4, 2), Tiling(3, 1, 128, 1, 5),
+        Tiling(2, 2, 128, 1, 4),
+    ),
+    DRAW: (None, _HEAD, _HEAD, Tiling(2, 1, 128, 1, 3, 2), Tiling(3, 1, 128, 1, 5), Tiling(2, 2, 128, 1, 4)),
+}  # fmt: skip
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether the GPU has wgmma: compute capability 9, which is Hopper, and neither older nor newer ones."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def choose(rows: int, w: torch.Tensor, kind: int) -> Tiling | None:
+    """The tiling for x: [rows, k] and w: [n, k] that was measured to be best, or one that is good for most; None: use the library."""
+    n, k = w.shape
+    if not LEAST_ROWS <= rows <= SIZES[-1]:
+        return None
+    tiling = TUNED.get((kind, n, k), USUAL[kind])[bisect_left(SIZES, rows)]
+    return tiling if tiling is not None and fits(tiling, n, k) else None
+
+
+_Map = ctypes.c_ubyte * 128
+
+
+class _Args(ctypes.Structure):
+    _fields_ = [
+        ("x", _Map),
+        ("w", _Map),
+        ("out", ctypes.c_void_p),
+        ("rows", ctypes.c_int),
+        ("columns", ctypes.c_int),
+        ("depth", ctypes.c_int),
+        ("unused", ctypes.c_int),
+        ("values", ctypes.c_void_p),
+        ("ids", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("temperatures", ctypes.c_void_p),
+        ("seeds", ctypes.c_void_p),
+        ("steps", ctypes.c_void_p),
+        ("end", ctypes.c_ubyte * 56),  # Args is a multiple of 64 bytes
+    ]
+
+
+def fits(tiling: Tiling, n: int, k: int) -> bool:
+    """Whether w: [n, k] divides into the tiles, and their ring into shared memory."""
+    return (
+        n % tiling.columns == 0 and k % (tiling.splits * tiling.depth) == 0 and shared_bytes(tiling) * tiling.resident <= _SHARED
+    )
+
+
+def shared_bytes(tiling: Tiling) -> int:
+    """Of a block's ring."""
+    return tiling.stages * (tiling.rows + tiling.columns) * tiling.depth * 2 + 1024
+
+
+def linear(x: torch.Tensor, w: torch.Tensor, tiling: Tiling, pdl: bool = True) -> torch.Tensor:
+    """bf16 [rows, n]: x @ w.T, of one part. x: bf16 [rows, k]; w: bf16 [n, k], both contiguous. Capturable."""
+    assert tiling.splits == 1, "parts are for linear_parts"
+    out = torch.empty(len(x), len(w), dtype=torch.bfloat16, device=x.device)
+    _launch(x, w, out, WHOLE, len(w), tiling, pdl)
+    return out
+
+
+def linear_parts(x: torch.Tensor, w: torch.Tensor, tiling: Tiling, pdl: bool = True) -> torch.Tensor:
+    """float32 [splits, rows, n] whose sum over splits is x @ w.T; the rest as for `linear`."""
+    out = torch.empty(tiling.splits, len(x), len(w), dtype=torch.float32, device=x.device)
+    _launch(x, w, out, PARTS, len(w), tiling, pdl)
+    return out
+
+
+def swiglu_linear(x: torch.Tensor, gate_up: torch.Tensor, tiling: Tiling, pdl: bool = True) -> torch.Tensor:
+    """bf16 [rows, n]: silu(x @ gate.T) * (x @ up.T). gate_up: bf16 [2 n, k], gate first; a block has half of its columns of each."""
+    assert tiling.splits == 1, "silu is of the whole sum"
+    out = torch.empty(len(x), len(gate_up) // 2, dtype=torch.bfloat16, device=x.device)
+    _launch(x, gate_up, out, GATED, len(gate_up) // 2, tiling, pdl)
+    return out
+
+
+def linear_draw(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    tiling: Tiling,
+    slots: torch.Tensor,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    steps: torch.Tensor,
+    pdl: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Best value and token of each row of x @ w.T and block of columns, float32 and int32 [rows, blocks], for `sampling.kernel.advance`.
+
+    Logits are never written. slots: int32 [rows]; temperatures, seeds, steps: by slot, as for `sampling.kernel.draw`, whose noise differs by
+    less than 1e-5.
+    """
+    assert tiling.splits == 1, "a draw is of the whole sum"
+    shape = len(x), len(w) // tiling.columns
+    values = torch.empty(shape, dtype=torch.float32, device=x.device)
+    ids = torch.empty(shape, dtype=torch.int32, device=x.device)
+    draws = (values, ids, slots, temperatures, seeds, steps)
+    _launch(x, w, None, DRAW, len(w), tiling, pdl, [tensor.data_ptr() for tensor in draws])
+    return values, ids
+
+
+def compile_tiling(tiling: Tiling, kind: int) -> bytes:
+    """Machine code, which is kept for later launches; needs no GPU. Raises KernelBuildError."""
+    return compile_source(SOURCE, _options(tiling, kind), "sm_90a")
+
+
+def _options(tiling: Tiling, kind: int) -> dict[str, int]:
+    return {
+        "GROUPS": tiling.groups, "TILES": tiling.tiles, "COLUMNS": tiling.columns, "DEPTH": tiling.depth, "STAGES": tiling.stages,
+        "SPLITS": tiling.splits, "RESIDENT": tiling.resident, "KIND": kind,
+    }  # fmt: skip
+
+
+def _launch(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    out: torch.Tensor | None,
+    kind: int,
+    columns: int,
+    tiling: Tiling,
+    pdl: bool,
+    draws: Sequence[int] = (),
+) -> None:
+    (rows, k), n = x.shape, len(w)
+    kernel = build(SOURCE, "tile_linear", tuple(_options(tiling, kind).items()), x.device.index)
+    kernel.allow(shared_bytes(tiling))
+    box = tiling.columns // 2 if kind == GATED else tiling.columns
+    arguments = _Args(_map(x, tiling.rows), _map(w, box), None if out is None else out.data_ptr(), rows, columns, k, 0, *draws)
+    grid = (-(-rows // tiling.rows), n // tiling.columns, tiling.splits)
+    kernel.launch(grid, tiling.groups * 128 + 32, arguments, shared_bytes(tiling), pdl=pdl)
+
+
+def _map(matrix: torch.Tensor, box: int) -> ctypes.Array[ctypes.c_ubyte]:
+    """The CUtensorMap of bf16 [rows, k]: boxes of 64 columns and `box` rows in the pattern of 128 bytes; rows past the end are zeros."""
+    rows, k = matrix.shape
+    # The driver wants it at a multiple of 64.
+    room = ctypes.create_string_buffer(192)
+    at = -(-ctypes.addressof(room) // 64) * 64
+    driver(
+        "cuTensorMapEncodeTiled", ctypes.c_void_p(at), _BFLOAT16, 2, ctypes.c_void_p(matrix.data_ptr()), (ctypes.c_uint64 * 2)(k, rows),
+        (ctypes.c_uint64 * 1)(matrix.stride(0) * 2), (ctypes.c_uint32 * 2)(BOX, box), (ctypes.c_uint32 * 2)(1, 1), 0, _SWIZZLE_128,
+        _PROMOTE_256, 0,
+    )  # fmt: skip
+    return _Map.from_buffer_copy(ctypes.string_at(at, 128))
