@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from altiplano.engine.checks import check_length, check_loaded, check_prompt, check_unused
+from altiplano.engine.checks import check_length, check_loaded, check_prompt, check_unused, check_vocabulary
 from altiplano.engine.config import EngineConfig
 from altiplano.engine.drafting import DraftProposer
 from altiplano.engine.errors import AdapterError, EngineAsleepError, EngineError
@@ -286,14 +286,8 @@ class Engine:
     def _check(self, request_id: str, prompt: Sequence[int], params: SamplingParams, adapter: str | None) -> None:
         self._check_awake()
         check_prompt(request_id, self._requests, prompt)
-        if min(prompt) < 0 or max(prompt) >= self.runner.vocab_size:
-            raise ValueError(
-                f"the prompt has token ids outside 0 … {self.runner.vocab_size - 1}: it was made with another tokenizer"
-            )
+        check_vocabulary(prompt, (*(params.logit_bias or ()), *params.stop_token_ids), self.runner.vocab_size)
         check_length(len(prompt), params.max_tokens, self.config.max_model_len)
-        bad = [token for token in params.logit_bias or {} if not 0 <= token < self.runner.vocab_size]
-        if bad:
-            raise ValueError(f"logit_bias names token ids {bad} outside 0 … {self.runner.vocab_size - 1}")
         check_loaded(adapter, self._adapters)
 
     def _prompt_limit(self, decodes: int) -> int:
