@@ -105,6 +105,7 @@ def test_lower_priority_values_go_first(llama: Llama) -> None:
         ("temperature", float("nan")),
         ("temperature", -0.1),
         ("top_k", -1),
+        ("top_k", 2**32 + 1),
         ("top_p", 0.0),
         ("min_p", 1.5),
         ("presence_penalty", float("inf")),

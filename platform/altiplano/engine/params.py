@@ -41,7 +41,7 @@ class SamplingParams:
         _check("max_tokens", self.max_tokens, self.max_tokens >= 0, "at least 0")
         _check("min_tokens", self.min_tokens, 0 <= self.min_tokens <= max(self.max_tokens, 0), "between 0 and max_tokens")
         _check("temperature", self.temperature, 0 <= self.temperature <= 100, "between 0 and 100")
-        _check("top_k", self.top_k, self.top_k >= 0, "0 (no limit) or more")
+        _check("top_k", self.top_k, 0 <= self.top_k < 2**31, "0 (no limit) or more, and below 2^31")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1")
         _check("presence_penalty", self.presence_penalty, -2 <= self.presence_penalty <= 2, "between -2 and 2")

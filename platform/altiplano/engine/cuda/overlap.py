@@ -19,10 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from altiplano.engine.config import EngineConfig
 from altiplano.engine.core import Engine
 from altiplano.engine.cuda import drawing
 from altiplano.engine.cuda.runner import CudaRunner, Ticket
+from altiplano.engine.errors import AdapterError
 from altiplano.engine.guessing import Payoff
 from altiplano.engine.outputs import TokenOutput
 from altiplano.engine.plan import Chunk
@@ -109,7 +112,12 @@ class OverlappedEngine(Engine):
         return news
 
     def load_adapter(self, name: str, directory: Path) -> None:
-        super().load_adapter(name, directory)
+        try:
+            super().load_adapter(name, directory)
+        except torch.OutOfMemoryError as error:
+            raise AdapterError(
+                f"the GPU has no memory for adapter {name!r} on its way into its place: lower num_blocks, or use an adapter of a lower rank"
+            ) from error
         if not self.has_unfinished():
             self._cuda.warm_up()
 
@@ -183,7 +191,7 @@ class OverlappedEngine(Engine):
         requests, postponed = len(self._scheduler.running), self._postponed
         self._postponed = None
         most = self._cuda.guesses_per_request(requests)
-        if not most:
+        if not most or not any(self._wanted(request, 1) for request in self._scheduler.running):
             return _Choice()
         payoff = self._payoffs.of(requests)
         if payoff is not postponed and not payoff.decide():
