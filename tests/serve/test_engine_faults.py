@@ -1,5 +1,6 @@
 """An engine that hangs or ends under an endpoint: what clients, health checks and scrapes are told, and that it comes back."""
 
+import asyncio
 import sys
 import threading
 import time
@@ -8,10 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import msgspec
 import psutil
 import pytest
 
 from altiplano.serve import deployment, engine_client
+from altiplano.serve import messages as m
 from altiplano.serve.engine_errors import EngineDiedError
 
 from .conftest import Server
@@ -102,6 +105,69 @@ def test_an_engine_that_does_not_answer_says_so_to_who_waits(server: Server) -> 
     with server.stopped(), pytest.raises(TimeoutError):
         server.run(server.generator.client.stats(0.1))
     assert server.run(server.generator.client.stats())["num_running"] == 0
+
+
+def test_an_engine_that_understands_nothing_any_more_is_started_again(server: Server) -> None:
+    """Its commands are read beside its steps: who reads no longer must not leave a process that waits forever."""
+    client = server.generator.client
+
+    async def garble() -> None:
+        assert client._writer is not None
+        client._writer.write(m.LENGTH.pack(3) + b"xyz")
+
+    restarts = client.restarts
+    server.run(garble())
+    server.until(lambda: client.restarts > restarts)
+    server.run(client.wait_until_ready())
+    assert httpx.post(f"{server.url}/v1/completions", json=SHORT, timeout=60).status_code == 200
+
+
+POISON = 13
+BROKEN = f"""
+from altiplano.engine.cpu.runner import CpuRunner
+from altiplano.serve.engine_process import main
+
+execute = CpuRunner.execute
+
+def fail(self, plan):
+    if any({POISON} in chunk.tokens for chunk in plan.chunks):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    return execute(self, plan)
+
+CpuRunner.execute = fail
+main()
+"""
+
+
+def test_a_kernel_that_fails_ends_every_request_and_the_process_starts_again_clean(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(engine_client, "COMMAND", [sys.executable, "-c", BROKEN])
+    client = engine_client.EngineClient(server.generator.client._settings)
+    sampling = m.Sampling(max_tokens=400, temperature=0.0, ignore_eos=True)
+
+    async def say(name: str, prompt: list[int], most: int) -> list[int | None]:
+        params = msgspec.structs.replace(sampling, max_tokens=most)
+        return [token.token_id async for token in client.generate(name, prompt, params)]
+
+    async def story() -> None:
+        await client.start()
+        try:
+            before = await say("before", [5, 6, 7], 8)
+            others = [asyncio.create_task(say(f"other {i}", [5, 6, 8 + i], 400)) for i in range(3)]
+            while len(client._streams) < len(others):
+                await asyncio.sleep(0)
+            told = await asyncio.gather(say("poison", [5, POISON], 8), *others, return_exceptions=True)
+            assert [type(error) for error in told] == [EngineDiedError] * 4
+            await client.wait_until_ready()
+            assert client.restarts == 1 and await say("after", [5, 6, 7], 8) == before
+            stats = await client.stats()
+            assert (stats["num_running"], stats["num_waiting"], stats["kv_cache_held"]) == (0, 0, 0)
+        finally:
+            await client.stop()
+
+    server.run(story())
+    assert "illegal memory access" in caplog.text
 
 
 @pytest.mark.parametrize("hangs", ["before it connects", "while it loads"])

@@ -277,6 +277,7 @@ class EngineClient:
             self._ready.set()
         else:
             self._failure = report.error
+            log.error("the engine has failed: %s", report.error)
 
     async def _call_started(self, make: Make, timeout_s: float) -> m.Done:
         """`_call`, once the process has started."""

@@ -183,7 +183,9 @@ class Loop:
                 (length,) = m.LENGTH.unpack(_exactly(self._connection, m.LENGTH.size))
                 self._inbox.put(m.decode_command(_exactly(self._connection, length)))
         except (OSError, EOFError):
-            self._inbox.put(None)
+            pass
+        finally:
+            self._inbox.put(None)  # whatever it was: a process that hears nothing must not live on
 
     def _send(self, message: m.Report) -> None:
         self._connection.sendall(m.frame(message))
