@@ -26,6 +26,7 @@ from kernel_benches.timing import measure
 BENCHES: dict[str, Bench] = {
     "gemm": products.gemm,
     "few_rows": few_rows.few_rows,
+    "tile_linear": products.tile_linear,
     "steady_linear": products.steady_linear,
     "w8a8": eight_bits.w8a8,
     "multi_lora": adapters.multi_lora,

@@ -19,12 +19,12 @@ pytest.importorskip("triton")
 
 from altiplano_kernels.cluster_attention import kernel as clusters  # noqa: E402
 from altiplano_kernels.few_rows import kernel as few  # noqa: E402
+from altiplano_kernels.tile_linear import kernel as tiles  # noqa: E402
 
 from .interpreted import KERNELS, patch_kernels  # noqa: E402
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks/engine/kernels.py"
-CUDA_SOURCES = ["few_rows", "cluster_attention"]
-OTHERS = [*(name for name in KERNELS if name != "linear"), "gemm"]
+CUDA_SOURCES = ["few_rows", "cluster_attention", "tile_linear"]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_a_case_is_named_once(program: Any) -> None:
     assert len(names) == len(set(names)) and {model for _, model, _ in names} == {"1b", "3b", "any"}
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", [*KERNELS, "gemm"])
 def test_inputs_are_what_the_kernel_takes(program: Any, small: Any, name: str) -> None:
     """Two turns are prepared, and the second launched."""
     with pytest.MonkeyPatch.context() as patch:
@@ -90,8 +90,9 @@ class Recorded:
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     kernel = Recorded()
-    for module in (few, clusters):
+    for module in (few, clusters, tiles):
         monkeypatch.setattr(module, "build", kernel.build)
+    monkeypatch.setattr(tiles, "driver", lambda call, *arguments: None)  # which describes tensors to the GPU
     return kernel
 
 
@@ -109,7 +110,7 @@ def test_cuda_kernels_get_their_arguments(program: Any, small: Any, recorded: Re
             assert options["K"] % (options["WARPS"] * options["DEPTH"] * few.CHUNK[options["BITS"]]) == 0, (case.shape, options)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", [*KERNELS, "gemm"])
 def test_inputs_can_be_made_at_the_shapes_of_llama(program: Any, name: str) -> None:
     for case in program.cases([name]):
         assert len(case.prepare("meta", 2)) == 2 and case.bytes > 0, case.shape
@@ -118,6 +119,11 @@ def test_inputs_can_be_made_at_the_shapes_of_llama(program: Any, name: str) -> N
 def found(program: Any, kernel: str, model: str, shape: str) -> Any:
     [case] = [case for case in program.cases([kernel]) if (case.model, case.shape) == (model, shape)]
     return case
+
+
+def test_every_kernel_that_is_launched_has_a_bench(program: Any) -> None:
+    folders = PROGRAM.parents[2] / "kernels/altiplano_kernels"
+    assert {path.parent.name for path in folders.glob("*/kernel.py")} == set(program.BENCHES) - {"gemm"}
 
 
 @pytest.mark.parametrize(("model", "layer", "head"), [("1b", 121.6e6, 525e6), ("3b", 201.3e6, 788e6)])

@@ -27,7 +27,7 @@ def bounds_of(model: Model, name: str) -> tuple[int, ...]:
 
 
 def update_case(model: Model, name: str, owners: list[int], shape: lora.Shape) -> Case:
-    (n, k), bounds, rows = model.products[name], bounds_of(model, name), len(owners)
+    (n, k), bounds, rows = model.weights[name], bounds_of(model, name), len(owners)
     used, updated = len(set(owners) - {0}), sum(owner > 0 for owner in owners)
 
     def prepare(device: str, turns: int) -> list[Launch]:

@@ -55,10 +55,11 @@ class Model:
         return (self.heads + 2 * self.kv_heads) * self.dim
 
     @property
-    def products(self) -> dict[str, tuple[int, int]]:
-        """[n, k] of the four weights of a layer."""
+    def weights(self) -> dict[str, tuple[int, int]]:
+        """[n, k] of the four weights of a layer, and of the head."""
         hidden, wide = self.hidden, self.wide
-        return {"qkv": (self.qkv, hidden), "o": (hidden, self.query), "gate_up": (2 * wide, hidden), "down": (hidden, wide)}
+        layer = {"qkv": (self.qkv, hidden), "o": (hidden, self.query), "gate_up": (2 * wide, hidden), "down": (hidden, wide)}
+        return layer | {"head": (self.vocab, hidden)}
 
 
 MODELS = (Model("1b", 2048, 8192, 32, 8, 64), Model("3b", 3072, 8192, 24, 8, 128))

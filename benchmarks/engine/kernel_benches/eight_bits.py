@@ -22,7 +22,7 @@ def w8a8(model: Model) -> Iterator[Case]:
 
 
 def product_case(model: Model, name: str, rows: int, kind: str) -> Case:
-    (n, k), in_parts = model.products[name], name in ("o", "down")
+    (n, k), in_parts = model.weights[name], name in ("o", "down")
     splits = kernel.choose_split(rows, n, k).splits if in_parts else 1
     multiply = kernel.linear_parts if in_parts else kernel.linear
 

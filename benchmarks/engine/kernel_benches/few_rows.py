@@ -31,7 +31,7 @@ def bytes_per_number(bits: int) -> float:
 
 
 def weights(model: Model, name: str, bits: int, device: str, turns: int) -> list[few.Weight]:
-    n, k = (model.vocab, model.hidden) if name == "head" else model.products[name]
+    n, k = model.weights[name]
     if bits == 16:
         return [*copies(bf16(n, k, device=device, spread=0.02), turns)]
     most = 2 ** (bits - 1) - 1
@@ -56,7 +56,7 @@ def cache_of(model: Model, rows: int, device: str) -> torch.Tensor:
 
 def product_case(model: Model, name: str, rows: int, bits: int) -> Case:
     """The product of a layer with what is fused to it; the head draws."""
-    n, k = (model.vocab, model.hidden) if name == "head" else model.products[name]
+    n, k = model.weights[name]
     # Gate and up leave half as much as they multiply, and the head one candidate per block; residuals are read as well.
     out = {"gate_up": n // 2, "head": 0, "qkv": n}.get(name, 2 * n)
 
@@ -82,7 +82,7 @@ def fused(model: Model, name: str, x: torch.Tensor, device: str) -> Multiply:
         slots, steps = (torch.arange(rows, dtype=torch.int32, device=device) for _ in range(2))
         seeds, temperatures = torch.arange(rows, device=device), torch.full((rows,), 0.7, device=device)
         return lambda w: few.norm_draw(x, w, gamma, EPS, slots, temperatures, seeds, steps, step)
-    residual = bf16(rows, model.products[name][0], device=device)
+    residual = bf16(rows, model.weights[name][0], device=device)
     return lambda w: few.add_linear(x, w, residual)
 
 
@@ -101,7 +101,7 @@ def begin_case(model: Model, rows: int) -> Case:
 
 def unpack_case(model: Model, name: str, bits: int) -> Case:
     """To bf16, for products of more rows."""
-    n, k = model.products[name]
+    n, k = model.weights[name]
 
     def prepare(device: str, turns: int) -> list[Launch]:
         out = torch.empty(n, k, dtype=torch.bfloat16, device=device)
