@@ -20,26 +20,12 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from triton.runtime.interpreter import tl as triton_language
 
+from .events import Event
+
 KERNELS = (
     "sampling", "filtered_sampling", "guessing", "embed_norm", "kv_write", "steady_linear", "paged_attention",
     "prefill_attention", "swiglu", "multi_lora", "w8a8",
 )  # fmt: skip
-
-
-class Event:
-    """Everything before it is done when it is recorded."""
-
-    def __init__(self, enable_timing: bool = False) -> None:
-        pass
-
-    def record(self) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-    def elapsed_time(self, later: "Event") -> float:
-        return 1.0
 
 
 class Stream:
