@@ -1,5 +1,7 @@
 """The kernels for 1 to 16 rows against float64: every fusion, ragged lengths, page edges, poisoned free pages."""
 
+import random
+
 import pytest
 import torch
 
@@ -101,6 +103,39 @@ def test_quantized_products(rows: int, k: int, bits: int) -> None:
         wide = torch.full((rows, 88), float("nan"), dtype=torch.bfloat16, device="cuda")
         few.norm_swiglu(x, packed, gamma, EPS, wide)
         assert error(wide, swiglu(normed(x, gamma) @ exact.T)) < 6e-3
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_shapes_write_their_own_outputs_and_nothing_else(seed: int) -> None:
+    """Rows in and out are parts of something wider, which is poison."""
+    dice = random.Random(seed)
+    torch.manual_seed(seed)
+    bits = (16, 8, 4, 16)[seed % 4]
+    k = 4 * few.CHUNK[bits] * dice.choice((dice.randint(1, 12), 3))
+    rows, n = dice.randint(1, 16), 16 * dice.randint(1, 40)
+
+    def poisoned(width: int) -> torch.Tensor:
+        return torch.full((rows + 2, width + 16), float("nan"), dtype=torch.bfloat16, device="cuda")
+
+    given, gamma, w = poisoned(k), 1 + bf16(k, spread=0.2), bf16(n, k, spread=0.05)
+    x = given[1 : 1 + rows, :k]
+    x.copy_(bf16(rows, k))
+    weight: few.Weight = w
+    if bits < 16:
+        codes, scales = quantize(w, bits)
+        weight, w = pack(codes, scales, bits), dequantize(codes, scales)
+    for norm in (None, gamma):
+        whole = poisoned(n)
+        out = whole[1 : 1 + rows, :n]
+        few.linear(x, weight, out, norm, EPS)
+        wanted = (x.double() if norm is None else normed(x, norm)) @ w.double().T
+        assert error(out, wanted) < 5e-3, (rows, n, k, bits)
+        residual = out.clone()
+        if norm is None:
+            few.add_linear(x, weight, out)
+            assert error(out, residual.double() + wanted) < 5e-3
+        out.fill_(float("nan"))
+        assert bool(whole.isnan().all()), "something beside the output was written"
 
 
 class Pages:

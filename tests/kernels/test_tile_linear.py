@@ -1,0 +1,53 @@
+"""Which tiling is chosen, and what the launch tells the kernel; that needs no GPU."""
+
+import ctypes
+
+import pytest
+import torch
+
+from altiplano_kernels.tile_linear import kernel as tile
+from altiplano_kernels.tile_linear.kernel import DRAW, GATED, LEAST_ROWS, PARTS, SIZES, WHOLE, Tiling
+
+# By kind, [n, k] of the weights of Llama 3.2 1B and 3B, and of cria's.
+WEIGHTS = {
+    WHOLE: [(3072, 2048), (5120, 3072), (384, 192)],
+    PARTS: [(2048, 2048), (3072, 3072), (2048, 8192), (3072, 8192), (192, 192), (192, 512)],
+    GATED: [(16384, 2048), (16384, 3072), (1024, 192)],
+    DRAW: [(128256, 2048), (128256, 3072), (2048, 192)],
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_what_is_chosen_divides_the_weight(kind: int) -> None:
+    for n, k in WEIGHTS[kind]:
+        weight = torch.empty(n, k, device="meta")
+        for rows in range(1, SIZES[-1] + 50):
+            tiling = tile.choose(rows, weight, kind)
+            if not LEAST_ROWS <= rows <= SIZES[-1]:
+                assert tiling is None
+            elif tiling is not None:
+                assert n % tiling.columns == 0 and k % (tiling.splits * tiling.depth) == 0, (rows, n, k)
+                assert tiling.splits == 1 or kind == PARTS, "only parts may be left to the next kernel"
+                assert tiling.rows <= 256, "a box has at most 256 rows"
+
+
+def test_llamas_steps_of_64_rows_have_a_tiling_for_every_product() -> None:
+    for kind, weights in WEIGHTS.items():
+        for n, k in weights[:2]:
+            assert tile.choose(64, torch.empty(n, k, device="meta"), kind) is not None, (kind, n, k)
+
+
+def test_a_ring_that_shared_memory_has_no_room_for_does_not_fit() -> None:
+    assert tile.fits(Tiling(1, 1, 128, 1, 8), 128, 512)
+    assert not tile.fits(Tiling(1, 1, 128, 1, 8, resident=2), 128, 512)
+    assert not tile.fits(Tiling(2, 2, 128, 1, 5), 128, 512)
+    assert not tile.fits(Tiling(1, 1, 128, 3, 4), 128, 512) and not tile.fits(Tiling(1, 1, 128, 1, 4), 192, 512)
+
+
+def test_arguments_lie_where_the_kernel_reads_them() -> None:
+    """Two descriptions of 128 bytes, which must be at multiples of 64; then pointers and numbers as in linear.cu."""
+    arguments = tile._Args
+    assert ctypes.sizeof(arguments) % 64 == 0 and (arguments.x.offset, arguments.w.offset) == (0, 128)
+    fields = ("out", "rows", "columns", "depth", "values", "ids", "slots", "temperatures", "seeds", "steps")
+    offsets = [getattr(arguments, name).offset for name in fields]
+    assert offsets == [256, 264, 268, 272, 280, 288, 296, 304, 312, 320]
