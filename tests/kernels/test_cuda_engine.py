@@ -195,8 +195,9 @@ def test_no_graph_with_guesses_is_captured_while_somebody_waits(
 @pytest.mark.parametrize("kind", ["auto", "int8"])
 def test_caches_take_what_was_measured_for_them(models: tuple[Path, Path], kind: str) -> None:
     from altiplano.engine.config import read_config
-    from altiplano.engine.cuda.loading import CACHE_DTYPES, cache_bytes
+    from altiplano.engine.cuda.loading import CACHE_DTYPES, cache_bytes, weight_bytes
     from altiplano.engine.cuda.runner import CudaRunner
+    from altiplano.engine.cuda.sleep import tensors_of
 
     config = EngineConfig(
         models[0], device="cuda", dtype="bfloat16", load_format="dummy", max_model_len=96, num_blocks=6, block_size=16,
@@ -205,6 +206,8 @@ def test_caches_take_what_was_measured_for_them(models: tuple[Path, Path], kind:
     for loaded, model in zip(CudaRunner(config, kind, device="cpu")._models, models, strict=True):
         taken = sum(cache.nbytes for cache in loaded.caches)
         assert taken == cache_bytes(config, read_config(model), CACHE_DTYPES[kind])
+        weights = {tensor.data_ptr(): tensor for tensor in tensors_of(loaded.stepper.model.weights)}
+        assert sum(tensor.nbytes for tensor in weights.values()) == weight_bytes(read_config(model))
 
 
 def test_a_latency_target_cuts_prompts_beside_answers(models: tuple[Path, Path]) -> None:

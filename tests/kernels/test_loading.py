@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from altiplano.engine.config import EngineConfig, LlamaConfig
 from altiplano.engine.cuda import loading
+from altiplano.engine.cuda.slots import SlotTable
 from altiplano.engine.errors import EngineError
 
 LLAMA_1B = LlamaConfig(2048, 8192, 16, 32, 8, 64, 128256, 1e-5, 500000.0, None, True, 131072, (128001,))
@@ -27,9 +28,22 @@ def test_a_step_of_the_1b_model_needs_about_what_it_computes() -> None:
 def test_too_little_memory_is_refused_with_what_would_free_it(free: int) -> None:
     config = EngineConfig(Path("x"), device="cuda", num_blocks=5000, max_num_batched_tokens=8192, max_num_seqs=256)
     loading._check_memory(free, 0, free, config)
-    message = f"num_blocks 5000 needs {free / 2**30:.1f} GiB.*8192 and max_num_seqs 256 about 1.0 GiB.*lower one of them.*fp8"
+    message = f"num_blocks 5000 needs {free / 2**30:.1f} GiB.*8192 and max_num_seqs 256 about 1.0 GiB.*1.0 GiB too little: lower one of them.*fp8"
     with pytest.raises(EngineError, match=message):
         loading._check_memory(free, 1 << 30, free, config)
+
+
+def test_weights_that_cannot_fit_are_not_even_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert loading.weight_bytes(LLAMA_1B) == 2 * 1_235_814_400  # as the model card counts
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 80 << 30))
+    config = EngineConfig(Path("model"), device="cuda", num_speculative_tokens=3, speculative_model=Path("nowhere"))
+    slots = SlotTable(4, 8, 1024, "cpu")
+    for drafts, hint in ((False, "or use a larger one"), (True, "leave speculative_model out, or use a larger one")):
+        message = (
+            f"the weights of nowhere need 2.3 GiB, 1.3 GiB more than there is, and the GPU has 1.0 GiB free: free it.*{hint}"
+        )
+        with pytest.raises(EngineError, match=message):
+            loading.load_model(config, Path("nowhere"), LLAMA_1B, slots, "auto", "none", 4, drafts=drafts)
 
 
 def test_a_cache_of_a_draft_that_does_not_fit_names_the_draft() -> None:

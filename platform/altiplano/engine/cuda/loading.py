@@ -66,14 +66,14 @@ def load_model(
             return code_weights(weights, CODES[quantization])
         return weights if bits == 16 else pack_weights(weights, bits, model.head_dim, fused_qkv=kind is torch.bfloat16)
 
+    free = torch.cuda.mem_get_info()[0]
+    _check_weights(where, weight_bytes(model), free, drafts)
     try:
         weights = make_weights()
     except torch.OutOfMemoryError as error:
-        raise EngineError(
-            f"the weights of {where} do not fit: the GPU has {_gib(torch.cuda.mem_get_info()[0])} free beside what is loaded of them. "
-            "Free the GPU (another engine or a notebook may hold it), use a larger one"
-            + (", or leave speculative_model out" if drafts else "")
-        ) from error
+        # Parts are put together, and quantized, beside what was read.
+        need = f"{_gib(weight_bytes(model))}, up to twice as much while they are loaded"
+        raise _no_room_for_weights(where, need, free, drafts) from error
     torch.cuda.empty_cache()  # else what the weights were quantized from counts as taken
     # The steps of a model and its draft take turns in the same memory.
     step = max(step_bytes(config, each) for each in ([model, read_config(config.model)] if drafts else [model]))
@@ -102,6 +102,14 @@ def _bits(quantization: str, model: LlamaConfig, page: int) -> int:
     return BITS[quantization]
 
 
+def weight_bytes(model: LlamaConfig) -> int:
+    """In bf16, as a checkpoint is loaded whatever becomes of it."""
+    queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    layer = model.hidden_size * (2 * queries + 2 * keys + 3 * model.intermediate_size + 2)
+    embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+    return 2 * (embeddings + model.num_hidden_layers * layer + model.hidden_size)
+
+
 def cache_bytes(config: EngineConfig, model: LlamaConfig, kind: torch.dtype) -> int:
     """What `num_blocks` pages and the scratch page take, with the scales of 8-bit ones: keys and values of every layer and head."""
     vectors = model.num_hidden_layers * (config.num_blocks + 1) * 2 * model.num_key_value_heads * config.block_size
@@ -116,6 +124,19 @@ def step_bytes(config: EngineConfig, model: LlamaConfig) -> int:
     return 2 * config.max_num_batched_tokens * row + 2 * config.max_num_seqs * model.vocab_size
 
 
+def _check_weights(where: Path, need: int, free: int, drafts: bool) -> None:
+    """In bytes."""
+    if need > free:
+        raise _no_room_for_weights(where, f"{_gib(need)}, {_gib(need - free)} more than there is", free, drafts)
+
+
+def _no_room_for_weights(where: Path, need: str, free: int, drafts: bool) -> EngineError:
+    return EngineError(
+        f"the weights of {where} need {need}, and the GPU has {_gib(free)} free: free it (another engine or a notebook may hold it), "
+        f"{'leave speculative_model out, ' if drafts else ''}or use a larger one"
+    )
+
+
 def _check_memory(cache: int, step: int, free: int, config: EngineConfig, draft: Path | None = None) -> None:
     """All in bytes. `draft`: the model whose cache it is, where that is not the engine's own."""
     if cache + step > free:
@@ -123,8 +144,8 @@ def _check_memory(cache: int, step: int, free: int, config: EngineConfig, draft:
         raise EngineError(
             f"the KV cache of num_blocks {config.num_blocks}{whose} needs {_gib(cache)}, a step of max_num_batched_tokens "
             f"{config.max_num_batched_tokens} and max_num_seqs {config.max_num_seqs} about {_gib(step)}, and the GPU has {_gib(free)} "
-            f"free{'' if draft is None else ' beside the model and its cache'}: lower one of them, use kv_cache_dtype fp8 or int8, "
-            f"{'' if draft is None else 'leave speculative_model out, '}or free the GPU"
+            f"free{'' if draft is None else ' beside the model and its cache'}, {_gib(cache + step - free)} too little: lower one of "
+            f"them, use kv_cache_dtype fp8 or int8, {'' if draft is None else 'leave speculative_model out, '}or free the GPU"
         )
 
 
