@@ -13,14 +13,13 @@ pytestmark = [
 
 from altiplano_kernels.cluster_attention.kernel import Shape, decode_clusters  # noqa: E402
 from altiplano_kernels.few_rows import kernel as few  # noqa: E402
+from altiplano_kernels.few_rows import reference  # noqa: E402
 from altiplano_kernels.few_rows.quantized import dequantize, pack, quantize  # noqa: E402
 from altiplano_kernels.kv_write.kernel import rope_and_write  # noqa: E402
-from altiplano_kernels.rms_norm.reference import rms_norm  # noqa: E402
 from altiplano_kernels.rope.reference import cos_sin as tables_of  # noqa: E402
 from altiplano_kernels.rope.reference import inverse_frequencies  # noqa: E402
 from altiplano_kernels.sampling.kernel import RING, advance  # noqa: E402
 from altiplano_kernels.sampling.reference import gumbel  # noqa: E402
-from altiplano_kernels.swiglu.reference import swiglu  # noqa: E402
 
 PAGE, EPS = 32, 1e-5
 ROWS = [1, 2, 7, 8, 9, 16]
@@ -35,10 +34,6 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
-def normed(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-    return rms_norm(x.double(), gamma.double(), EPS)
-
-
 @pytest.mark.parametrize("k", [256, 768, 2048, 3072, 8192])
 @pytest.mark.parametrize("rows", ROWS)
 def test_products(rows: int, k: int) -> None:
@@ -46,7 +41,7 @@ def test_products(rows: int, k: int) -> None:
     x, w, residual = bf16(rows, k), bf16(112, k, spread=0.05), bf16(rows, 112)
     out = torch.full((rows, 112), float("nan"), dtype=torch.bfloat16, device="cuda")
     few.linear(x, w, out)
-    product = x.double() @ w.double().T
+    product = reference.linear(x, w)
     assert error(out, product) < 3e-3
     wanted = residual.double() + product
     few.add_linear(x, w, residual)
@@ -61,10 +56,10 @@ def test_products_of_normed_rows(rows: int, k: int) -> None:
     w, gate_up = bf16(112, k, spread=0.05), bf16(2 * 88, k, spread=0.05)
     out = torch.full((rows, 112), float("nan"), dtype=torch.bfloat16, device="cuda")
     few.linear(x, w, out, gamma, EPS)
-    assert error(out, normed(x, gamma) @ w.double().T) < 5e-3
+    assert error(out, reference.linear(x, w, gamma, EPS)) < 5e-3
     wide = torch.full((rows, 88), float("nan"), dtype=torch.bfloat16, device="cuda")
     few.norm_swiglu(x, gate_up, gamma, EPS, wide)
-    assert error(wide, swiglu(normed(x, gamma) @ gate_up.double().T)) < 6e-3
+    assert error(wide, reference.norm_swiglu(x, gate_up, gamma, EPS)) < 6e-3
 
 
 def test_a_block_that_takes_many_tiles() -> None:
@@ -73,9 +68,9 @@ def test_a_block_that_takes_many_tiles() -> None:
     for depth in (1, 2, 4):
         out = torch.full((5, 176), float("nan"), dtype=torch.bfloat16, device="cuda")
         few.linear(x, w, out, gamma, EPS, few.Plan(8, depth, blocks=3))
-        assert error(out, normed(x, gamma) @ w.double().T) < 5e-3
+        assert error(out, reference.linear(x, w, gamma, EPS)) < 5e-3
         few.linear(x, w, out, plan=few.Plan(8, depth, blocks=4))
-        assert error(out, x.double() @ w.double().T) < 3e-3
+        assert error(out, reference.linear(x, w)) < 3e-3
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -90,19 +85,19 @@ def test_quantized_products(rows: int, k: int, bits: int) -> None:
     assert error(exact, w) < {8: 8e-3, 4: 0.11}[bits]
     packed = pack(codes, scales, bits)
     assert error(few.unpack(packed, torch.empty(112 * k + 5, dtype=torch.bfloat16, device="cuda")), exact) < 3e-3
-    wanted = residual.double() + x.double() @ exact.T
+    wanted = residual.double() + reference.linear(x, exact)
     few.add_linear(x, packed, residual)
     assert error(residual, wanted) < 3e-3
     if k <= 3072:
         out = torch.full((rows, 112), float("nan"), dtype=torch.bfloat16, device="cuda")
         few.linear(x, packed, out, gamma, EPS)
-        assert error(out, normed(x, gamma) @ exact.T) < 5e-3
+        assert error(out, reference.linear(x, exact, gamma, EPS)) < 5e-3
         codes, scales = quantize(gate_up, bits)
         packed, exact = pack(codes, scales, bits, halves=True), dequantize(codes, scales).double()
         assert error(few.unpack(packed, torch.empty_like(gate_up)), exact) < 3e-3
         wide = torch.full((rows, 88), float("nan"), dtype=torch.bfloat16, device="cuda")
         few.norm_swiglu(x, packed, gamma, EPS, wide)
-        assert error(wide, swiglu(normed(x, gamma) @ exact.T)) < 6e-3
+        assert error(wide, reference.norm_swiglu(x, exact, gamma, EPS)) < 6e-3
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -128,7 +123,7 @@ def test_random_shapes_write_their_own_outputs_and_nothing_else(seed: int) -> No
         whole = poisoned(n)
         out = whole[1 : 1 + rows, :n]
         few.linear(x, weight, out, norm, EPS)
-        wanted = (x.double() if norm is None else normed(x, norm)) @ w.double().T
+        wanted = reference.linear(x, w, norm, EPS)
         assert error(out, wanted) < 5e-3, (rows, n, k, bits)
         residual = out.clone()
         if norm is None:
@@ -199,11 +194,11 @@ def test_queries_keys_and_values_of_a_step(shape: tuple[int, int, int], bits: in
         weight, w = pack(codes, scales, bits, dim), dequantize(codes, scales)
         assert error(few.unpack(weight, torch.empty(w.numel(), dtype=torch.bfloat16, device="cuda")), w) < 3e-3
     few.norm_qkv(step.residual[:rows], weight, gamma, EPS, step, pages.cache, heads)
-    q, k, v = (normed(x, gamma) @ w.double().T).split([heads * dim, kv_heads * dim, kv_heads * dim], -1)
-    assert error(step.query[:rows].view(rows, heads, dim), pages.turn(q, at)) < 5e-3
+    q, k, v = reference.norm_qkv(x, w, gamma, EPS, pages.cos_sin[at.long()], heads, kv_heads)
+    assert error(step.query[:rows].view(rows, heads, dim), q) < 5e-3
     page, place = pages.tables[slots, at.long() // PAGE].long(), at.long() % PAGE
-    assert error(pages.cache[page, 0, :, place], pages.turn(k, at)) < 5e-3
-    assert error(pages.cache[page, 1, :, place], v.view(rows, kv_heads, dim)) < 5e-3
+    assert error(pages.cache[page, 0, :, place], k) < 5e-3
+    assert error(pages.cache[page, 1, :, place], v) < 5e-3
     pages.cache[page, :, :, place] = before[page, :, :, place]
     assert torch.equal(pages.cache.view(torch.int16), before.view(torch.int16))  # nothing else was touched
 
@@ -253,7 +248,7 @@ def test_draws_from_hidden_states(rows: int) -> None:
     blocks = few.norm_draw(x, head, gamma, EPS, pick, temperatures, seeds, steps, step)
     advance(step.values, step.ids, blocks, pick, tokens, positions, steps, ring)
     at = pick.long()
-    logits, heat = (normed(x, gamma) @ head.double().T).float(), temperatures[at][:, None]
+    logits, heat = reference.linear(x, head, gamma, EPS).float(), temperatures[at][:, None]
     scores = torch.where(heat > 0, logits / heat.clamp(min=1e-5) + gumbel(seeds[at], before[at].long(), vocab), logits)
     drawn = tokens[at].long()
     # Sums in another order may swap near-equals, never more.

@@ -4,6 +4,7 @@ import ctypes
 import importlib.util
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,8 @@ from altiplano_kernels.tile_linear import kernel as tiles  # noqa: E402
 
 from .interpreted import KERNELS, patch_kernels  # noqa: E402
 
-PROGRAM = Path(__file__).parents[2] / "benchmarks/engine/kernels.py"
+ROOT = Path(__file__).parents[2]
+PROGRAM, FOLDERS = ROOT / "benchmarks/engine/kernels.py", ROOT / "kernels/altiplano_kernels"
 CUDA_SOURCES = ["few_rows", "cluster_attention", "tile_linear"]
 
 
@@ -121,9 +123,13 @@ def found(program: Any, kernel: str, model: str, shape: str) -> Any:
     return case
 
 
-def test_every_kernel_that_is_launched_has_a_bench(program: Any) -> None:
-    folders = PROGRAM.parents[2] / "kernels/altiplano_kernels"
-    assert {path.parent.name for path in folders.glob("*/kernel.py")} == set(program.BENCHES) - {"gemm"}
+def test_every_kernel_has_a_bench_and_a_reference(program: Any) -> None:
+    """A reference of its own, or one of another kernel that its package names."""
+    launched = [path.parent for path in FOLDERS.glob("*/kernel.py")]
+    assert {folder.name for folder in launched} == set(program.BENCHES) - {"gemm"}
+    for folder in launched:
+        other = re.search(r"`(\w+)\.reference`", (folder / "__init__.py").read_text())
+        assert ((FOLDERS / other[1] if other else folder) / "reference.py").exists(), folder.name
 
 
 @pytest.mark.parametrize(("model", "layer", "head"), [("1b", 121.6e6, 525e6), ("3b", 201.3e6, 788e6)])

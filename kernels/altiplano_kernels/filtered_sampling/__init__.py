@@ -1,1 +1,1 @@
-"""Draws under top-k, top-p and min-p without a sort."""
+"""Draws under top-k, top-p and min-p without a sort. Held against `sampling.reference`."""

@@ -1,1 +1,1 @@
-"""Attention of prompt chunks over pages: causal, with whatever was cached before the chunk."""
+"""Attention of prompt chunks over pages: causal, with whatever was cached before the chunk. Held against `paged_attention.reference`."""
