@@ -2,8 +2,7 @@
 
 import random
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -49,7 +48,7 @@ TILINGS = sorted({*TABLES, *random_tilings(8)})
 def compiled() -> None:
     """All at once: each takes seconds, and needs no GPU. A draw is held against parts of the same tiling."""
     wanted = {*TILINGS, *((PARTS, tiling) for kind, tiling in TILINGS if kind == DRAW)}
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+    with ThreadPoolExecutor(16) as pool:
         list(pool.map(tile.compile_tiling, [tiling for _, tiling in wanted], [kind for kind, _ in wanted]))
 
 

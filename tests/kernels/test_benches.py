@@ -29,18 +29,22 @@ PROGRAM, FOLDERS = ROOT / "benchmarks/engine/kernels.py", ROOT / "kernels/altipl
 CUDA_SOURCES = ["few_rows", "cluster_attention", "tile_linear"]
 
 
-@pytest.fixture(scope="module")
-def program() -> Iterator[Any]:
-    """benchmarks/engine/kernels.py. Its folder is on the path for the while that it is imported: `kernels` there would pass for the
-    package of that name, which transformers looks for."""
-    before = set(sys.modules)
+def load(name: str) -> Any:
+    """A program of the folder, which is on the path for the while that it is imported."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(PROGRAM.parent))
-        spec = importlib.util.spec_from_file_location("kernels_program", PROGRAM)
+        spec = importlib.util.spec_from_file_location(f"{name}_program", PROGRAM.with_stem(name))
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    yield module
+    return module
+
+
+@pytest.fixture(scope="module")
+def program() -> Iterator[Any]:
+    """benchmarks/engine/kernels.py, by another name: `kernels` would pass for the package of that name, which transformers looks for."""
+    before = set(sys.modules)
+    yield load("kernels")
     for name in set(sys.modules) - before:
         if name.partition(".")[0] == "kernel_benches":
             del sys.modules[name]
@@ -193,6 +197,24 @@ def test_a_case_that_fails_costs_only_itself(
     assert [line for line in lines if "error" not in line] == rows and len(rows) == len(lines) - 1
     assert (rows[0]["us"], rows[0]["min"], rows[0]["max"], rows[0]["runs"], rows[0]["commit"]) == (3.0, 2.0, 4.0, 3, "abc")
     assert rows[0]["percent"] == pytest.approx(100 * rows[0]["bytes"] / 4.22e12 / 3e-6, abs=0.01) and rows[0]["limit"] == "bytes"
+
+
+@pytest.mark.parametrize("name", ["decode", "prefill", "w8a8"])
+def test_what_is_tried_are_ways_to_launch_the_same_case(program: Any, small: Any, name: str) -> None:
+    """Each can be prepared; the first and the kernel's own are launched, where that needs no GPU."""
+    tuning = load("tune_kernels")
+    for case, own, others, chosen in tuning.TASKS[name](small, 3):
+        choices = [tuple(own), *map(tuple, others)]
+        assert len(set(choices)) > 2 and chosen(own).shape == case.shape
+        for choice in choices:
+            other = chosen(choice)
+            assert other.flops == case.flops and len(other.prepare("meta", 2)) == 2
+        if case.kernel not in CUDA_SOURCES and ("bf16" in case.shape or name == "w8a8"):
+            with pytest.MonkeyPatch.context() as patch:
+                if DEVICE == "cpu":
+                    patch_kernels(patch)
+                for choice in choices[:2]:
+                    chosen(choice).prepare(DEVICE, 1)[0]()
 
 
 def test_what_has_no_bench_is_refused(program: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

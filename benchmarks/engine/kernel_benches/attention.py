@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from altiplano_kernels.cluster_attention.kernel import decode_clusters
+from altiplano_kernels.cluster_attention.kernel import Shape, decode_clusters
 from altiplano_kernels.kv_write.kernel import rope_and_write
 from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, choose_splits, choose_tiling, decode
-from altiplano_kernels.prefill_attention.kernel import list_tiles, prefill
+from altiplano_kernels.prefill_attention.kernel import QUERY_TILE, list_tiles, prefill
 from kernel_benches.case import PAGE, Case, Launch, Model, bf16, each, rows_of
 
 KINDS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
@@ -43,18 +43,23 @@ def paged(model: Model, count: int, context: int, kind: str, device: str, turns:
     return Paged(caches, tables, torch.arange(count, dtype=torch.int32, device=device))
 
 
-def decode_case(kernel: str, model: Model, rows: int, context: int, kind: str) -> Case:
+def decode_case(kernel: str, model: Model, rows: int, context: int, kind: str, choice: Sequence[int] = ()) -> Case:
+    """choice: instead of the kernel's own; a `Shape` of clusters, or splits, tile, stages and warps."""
+
     def prepare(device: str, turns: int) -> list[Launch]:
         pages = paged(model, rows, context, kind, device, turns)
         at = torch.full((rows,), context - 1, dtype=torch.int32, device=device)
         query, out = (bf16(rows, model.query, device=device) for _ in range(2))
         where = pages.tables, pages.slots, at, out
         if kernel == "cluster_attention":
-            return each(lambda cache: decode_clusters(query, *cache, *where, model.heads), pages.caches)
+            shape = Shape(*choice) if choice else None
+            return each(lambda cache: decode_clusters(query, *cache, *where, model.heads, shape), pages.caches)
         sizes = rows, model.kv_heads, model.dim
-        splits, tiling = choose_splits(*sizes), choose_tiling(*sizes)
+        splits, tile, stages, warps = choice or (choose_splits(*sizes), *choose_tiling(*sizes))
         work = DecodeWorkspace(*sizes, device, splits)
-        return each(lambda cache: decode(query, *cache, *where, work, model.heads, splits, *tiling, pdl=True), pages.caches)
+        return each(
+            lambda cache: decode(query, *cache, *where, work, model.heads, splits, tile, stages, warps, True), pages.caches
+        )
 
     moved = rows * (context * line_bytes(model, kind) + 2 * 2 * model.query)
     return Case(
@@ -87,13 +92,23 @@ def prefill_attention(model: Model) -> Iterator[Case]:
     yield prefill_case(model, 1, tokens // 2, model.contexts[1] - tokens // 2, "bf16", steady=False)
 
 
-def prefill_case(model: Model, count: int, tokens: int, start: int, kind: str, steady: bool) -> Case:
+def prefill_case(
+    model: Model,
+    count: int,
+    tokens: int,
+    start: int,
+    kind: str,
+    steady: bool,
+    choice: tuple[int, int, int, int] = (QUERY_TILE, 64, 3, 4),
+) -> Case:
+    """choice: rows and keys of a tile, stages and warps; the kernel's own without it."""
+
     def prepare(device: str, turns: int) -> list[Launch]:
         pages = paged(model, count, start + tokens, kind, device, turns)
         chunks = [(i * tokens, tokens, start, i) for i in range(count)]
-        tiles = torch.tensor(list_tiles(chunks), dtype=torch.int32, device=device)
+        tiles = torch.tensor(list_tiles(chunks, choice[0]), dtype=torch.int32, device=device)
         query, out = (bf16(count * tokens, model.query, device=device) for _ in range(2))
-        return each(lambda cache: prefill(query, *cache, pages.tables, tiles, out, model.heads, steady=steady), pages.caches)
+        return each(lambda cache: prefill(query, *cache, pages.tables, tiles, out, model.heads, *choice, steady), pages.caches)
 
     pairs = tokens * start + tokens * (tokens + 1) // 2
     moved = count * ((start + tokens) * line_bytes(model, kind) + 2 * 2 * tokens * model.query)

@@ -21,14 +21,20 @@ def w8a8(model: Model) -> Iterator[Case]:
     yield from row_cases(model, model.tokens, "fp8")
 
 
-def product_case(model: Model, name: str, rows: int, kind: str) -> Case:
-    (n, k), in_parts = model.weights[name], name in ("o", "down")
-    splits = kernel.choose_split(rows, n, k).splits if in_parts else 1
-    multiply = kernel.linear_parts if in_parts else kernel.linear
+def choose(model: Model, name: str, rows: int) -> kernel.Tiling:
+    """The kernel's own choice; what a norm follows may stay in parts."""
+    n, k = model.weights[name]
+    return kernel.choose_split(rows, n, k) if name in ("o", "down") else kernel.choose_tiling(rows, n)
+
+
+def product_case(model: Model, name: str, rows: int, kind: str, choice: kernel.Tiling | None = None) -> Case:
+    n, k = model.weights[name]
+    tiling = choice or choose(model, name, rows)
+    splits, multiply = tiling.splits, kernel.linear_parts if name in ("o", "down") else kernel.linear
 
     def prepare(device: str, turns: int) -> list[Launch]:
         x, w = (codes(count, k, kind, device) for count in (rows, n))
-        return each(lambda values: multiply(x, kernel.Codes(values, w.scales), pdl=True), copies(w.values, turns))
+        return each(lambda values: multiply(x, kernel.Codes(values, w.scales), tiling, pdl=True), copies(w.values, turns))
 
     moved = product_bytes(0, n, k, 1) + 4 * n + rows * (k + 4 + (4 * splits if splits > 1 else 2) * n)
     return Case("w8a8", model.name, f"{name}, {kind}, {rows_of(rows)}", moved, 2 * rows * n * k, prepare)
