@@ -279,13 +279,12 @@ class EngineClient:
             self._failure = report.error
             log.error("the engine has failed: %s", report.error)
 
-    async def _call_started(self, make: Make, timeout_s: float) -> m.Done:
-        """`_call`, once the process has started."""
-        async with asyncio.timeout(timeout_s):
-            await self.wait_until_ready()
-        return await self._call(make, timeout_s)
+    async def _call_started(self, make: Make) -> m.Done:
+        """`_call`, once the process has started, as long as it takes."""
+        await self.wait_until_ready()
+        return await self._call(make, None)
 
-    async def _call(self, make: Make, timeout_s: float = CALL_TIMEOUT_S) -> m.Done:
+    async def _call(self, make: Make, timeout_s: float | None = CALL_TIMEOUT_S) -> m.Done:
         if not self.ready:
             raise EngineDiedError("the engine is starting: try again in a moment")
         number = next(self._numbers)
