@@ -3,13 +3,21 @@
 Run as a program, for a process that interprets kernels cannot compile them.
 """
 
+from collections.abc import Mapping
+
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from altiplano_kernels.embed_norm import kernel as norms
 from altiplano_kernels.filtered_sampling import kernel as filtered
+from altiplano_kernels.kv_write import kernel as write
 from altiplano_kernels.multi_lora import kernel as lora
+from altiplano_kernels.paged_attention import kernel as paged
+from altiplano_kernels.prefill_attention import kernel as chunks
 from altiplano_kernels.sampling import kernel as sampling
+from altiplano_kernels.steady_linear import kernel as steady
+from altiplano_kernels.swiglu import kernel as swiglu
 from altiplano_kernels.w8a8 import kernel as w8a8
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -32,7 +40,7 @@ FILTERS = [  # kernel, types behind the logits, warps
 ]
 
 
-def compile_kernel(name: str, kernel: triton.JITFunction, types: str, constants: dict[str, object], warps: int) -> None:
+def compile_kernel(name: str, kernel: triton.JITFunction, types: str, constants: Mapping[str, object], warps: int) -> None:
     """`types`: of the arguments that are not constants, in order. Pointers and integers other than counts are multiples of 16."""
     arguments = [argument for argument in kernel.arg_names if argument not in constants]
     given = dict(zip(arguments, types.split(), strict=True))
@@ -106,7 +114,43 @@ def draws() -> None:
             compile_kernel(f"draw-{kind[1:]}-{early}", sampling._best_kernel, types, constants, 4)
 
 
+CACHES = {"bf16": ("*bf16", "*bf16", 0.0), "fp8": ("*fp8e4nv", "*fp16", 448.0), "int8": ("*i8", "*fp16", 127.0)}
+HEADS = {"1b": (32, 64), "3b": (24, 128)}  # and their dimension; 8 KV heads
+
+
+def attention() -> None:
+    for model, (heads, dim) in HEADS.items():
+        for name, (cache, scales, code) in CACHES.items():
+            sizes = {"KV_HEADS": 8, "DIM": dim, "PAGE": 32}
+            common = {"GROUP": heads // 8, "SCALED": code > 0, **sizes}
+            for tile, stages, warps, splits in ((32, 4, 1, 8), (64, 3, 2, 1)):
+                constants = {"SPLITS": splits, "TILE": tile, "STAGES": stages, "ROWS": paged.GROUP_ROWS, "PDL": True, **common}
+                types = f"*bf16 *bf16 {cache} {scales} *i32 *i32 *i32 *fp32 *fp32 *i32 i32 i32 i32 fp32"
+                compile_kernel(f"decode-{model}-{name}-{splits}", paged._decode_kernel, types, constants, warps)
+            constants = {"ROWS": chunks.QUERY_TILE, "TILE": 64, "STAGES": 3, "STEADY": False, **common}
+            types = f"*bf16 *bf16 {cache} {scales} *i32 *i32 i32 i32 i32 fp32"
+            compile_kernel(f"prefill-{model}-{name}", chunks._prefill_kernel, types, constants, 4)
+            constants = {"HEADS": heads, "HEADS_PAD": 32, "KV_PAD": 8, "CODE": code, "PDL": True, **sizes}
+            types = f"*bf16 *i32 *i32 *i32 *fp32 {cache} {scales} i32 i32"
+            compile_kernel(f"write-{model}-{name}", write._rope_kv_kernel, types, constants, 4)
+
+
+def rows() -> None:
+    for hidden, pad in ((2048, 2048), (3072, 4096)):
+        sizes = {"HIDDEN": hidden, "PAD": pad, "PDL": True}
+        types = "*i32 *i32 *i32 *bf16 *bf16 *bf16 *bf16 *i32 fp32"
+        compile_kernel(f"embed-{hidden}", norms._embed_kernel, types, sizes, 8)
+        compile_kernel(f"add-{hidden}", norms._add_kernel, "*bf16 *bf16 *bf16 *bf16 fp32", sizes, 8)
+        parts = {"SPLITS": 4, **sizes}
+        compile_kernel(f"add-parts-{hidden}", norms._add_parts_kernel, "*fp32 *bf16 *bf16 *bf16 fp32 i32", parts, 8)
+    compile_kernel("swiglu", swiglu._swiglu_kernel, "*bf16 *bf16 i32", {"BLOCK": 2048, "PDL": True}, 4)
+    tile = {name: getattr(steady, name) for name in ("ROWS", "COLUMNS", "DEPTH", "STAGES")}
+    compile_kernel("steady", steady._steady_kernel, "*bf16 *bf16 *bf16 i32 i32 i32 i32", {"K": 2048, **tile}, steady.WARPS)
+
+
 if __name__ == "__main__":
+    attention()
+    rows()
     loras()
     eight_bits()
     draws()
