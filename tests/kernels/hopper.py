@@ -121,7 +121,7 @@ HEADS = {"1b": (32, 64), "3b": (24, 128)}  # and their dimension; 8 KV heads
 def attention() -> None:
     for model, (heads, dim) in HEADS.items():
         for name, (cache, scales, code) in CACHES.items():
-            sizes = {"KV_HEADS": 8, "DIM": dim, "PAGE": 32}
+            sizes: dict[str, object] = {"KV_HEADS": 8, "DIM": dim, "PAGE": 32}
             common = {"GROUP": heads // 8, "SCALED": code > 0, **sizes}
             for tile, stages, warps, splits in ((32, 4, 1, 8), (64, 3, 2, 1)):
                 constants = {"SPLITS": splits, "TILE": tile, "STAGES": stages, "ROWS": paged.GROUP_ROWS, "PDL": True, **common}
