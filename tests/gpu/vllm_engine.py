@@ -134,7 +134,7 @@ class Bench:
                 continue
             columns = hidden if hidden is not None and columns == self.config.hidden_size else columns
             tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(rank, columns) / columns**0.5
-            tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(rows, rank) * 0.04
+            tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(rows, rank) * 0.02
         save_file({key: tensor.to(torch.bfloat16) for key, tensor in tensors.items()}, directory / "adapter_model.safetensors")
         settings = {
             "peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "bias": "none", "task_type": "CAUSAL_LM",
@@ -176,7 +176,7 @@ class Bench:
         start = [*prompt, *said.tokens[:place]]
         theirs, best = [(await self.scores([*start, tokens[place]], adapter))[-1] for tokens in (said.tokens, wanted.token_ids)]
         check(
-            # Numbers of adapters are random, and logits with them larger.
+            # bfloat16 rounds more of a random adapter: our own engine in it is 0.2 off.
             best - theirs < (self.tie if adapter is None else 3 * self.tie),
             f"token {place}: {said.tokens[place]} ({theirs:.3f}), ours {wanted.token_ids[place]} ({best:.3f})",
         )
@@ -480,7 +480,10 @@ async def sleep_and_wake(bench: Bench) -> str:
     for answer in (before, after):
         await bench.same_choice(bench.prompts[0], answer)
     await bench.same_choice(bench.prompts[1], tuned, "one")
-    return "memory not measured here" if held is None or asleep is None else f"{held} MiB awake, {asleep} MiB asleep"
+    if held is None or asleep is None:
+        return "memory not measured here"
+    check(asleep < held, f"{held} MiB awake, {asleep} MiB asleep")
+    return f"{held} MiB awake, {asleep} MiB asleep"
 
 
 async def death_of_the_engine(bench: Bench) -> str:

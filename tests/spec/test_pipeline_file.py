@@ -60,7 +60,7 @@ def test_values_know_where_they_come_from(tmp_path: Path) -> None:
         (
             ("run: {name: test}", "run: {name: test}\nscaling: {use_gpu: true}\nserve: {engine: vllm, quantization: int4}"),
             "",
-            "neither serve.quantization nor",
+            "serve.engine vllm has no serve.quantization int4: use none or w8a8-fp8",
         ),
         (("run: {name: test}", "run: {name: test}\nserve: {speculative_model: x}"), "", "set serve.num_speculative_tokens"),
         (("run: {name: test}", "run: {name: test}\nserve: {itl_target_ms: 0}"), ":8: serve.itl_target_ms", "greater than 0"),
@@ -84,6 +84,8 @@ def test_mistakes_are_named_with_their_line(tmp_path: Path, change: tuple[str, s
         (True, "engine: vllm, num_speculative_tokens: 4", "are not for serve.engine vllm"),
         (True, "engine: vllm, itl_target_ms: 20", "are not for serve.engine vllm"),
         (True, "engine: vllm, deterministic: true", "are not for serve.engine vllm"),
+        (True, "engine: vllm, block_size: 48", "serve.engine vllm has no serve.block_size 48"),
+        (True, "engine: vllm}\nlora: {use_dora: true", "does not run what lora.use_dora makes"),
         (False, "num_speculative_tokens: 4, speculative_model: x, speculative_quantization: int8", "need a GPU"),
         (False, "quantization: w8a8-int8", "need a GPU"),
         (False, "kv_cache_dtype: fp8", "need a GPU"),
@@ -100,6 +102,7 @@ def test_what_the_engine_would_refuse_is_refused_before_the_training(tmp_path: P
     [
         (True, "num_speculative_tokens: 15, itl_target_ms: 20, deterministic: true, quantization: int4, kv_cache_dtype: fp8"),
         (True, "num_speculative_tokens: 4, speculative_model: x, speculative_quantization: int4, quantization: w8a8-fp8"),
+        (True, "engine: vllm, kv_cache_dtype: int8, quantization: w8a8-fp8"),
         (False, "num_speculative_tokens: 32, speculative_model: x, itl_target_ms: 20, deterministic: true"),
     ],
 )

@@ -153,8 +153,8 @@ What a schema cannot say: rules between values, and the rules that only KubeRay'
 {{- if and .engine.deterministic (hasPrefix "w8a8" (.engine.quantization | default "none")) -}}
 {{- $wrong = append $wrong (printf "endpoint.engine.deterministic: is not for quantization %s: use none, int8 or int4" .engine.quantization) -}}
 {{- end -}}
-{{- if and (eq (.engine.engine | default "altiplano") "vllm") (or (eq .engine.device "cpu") (ne (.engine.quantization | default "none") "none") (eq (.engine.kv_cache_dtype | default "auto") "int8")) -}}
-{{- $wrong = append $wrong "endpoint.engine.engine: vllm needs device cuda, and has neither quantization nor kv_cache_dtype int8" -}}
+{{- if and (eq (.engine.engine | default "altiplano") "vllm") (or (eq .engine.device "cpu") (not (has (.engine.quantization | default "none") (list "none" "w8a8-fp8")))) -}}
+{{- $wrong = append $wrong "endpoint.engine.engine: vllm needs device cuda, and has no quantization but w8a8-fp8" -}}
 {{- end -}}
 {{- if and (eq (.engine.engine | default "altiplano") "vllm") (or .engine.num_speculative_tokens (hasKey .engine "itl_target_ms") .engine.deterministic) -}}
 {{- $wrong = append $wrong "endpoint.engine.engine: vllm has neither num_speculative_tokens nor itl_target_ms nor deterministic: leave them out" -}}

@@ -259,6 +259,8 @@ class ServeRemote(Section):
 
 Quantization = Literal["none", "int8", "int4", "w8a8-fp8", "w8a8-int8"]
 MOST_GUESSES_ON_A_GPU = 15  # a step checks 16 tokens at once
+VLLM_QUANTIZATIONS = ("none", "w8a8-fp8")
+VLLM_BLOCK_SIZES = (16, 32, 64, 128)
 
 
 class Serve(Section):
@@ -428,9 +430,18 @@ class Pipeline(Section):
         serve = self.serve
         if not self.scaling.use_gpu:
             raise ValueError("serve.engine vllm needs a GPU: set scaling.use_gpu=true, or serve.engine to altiplano")
-        if serve.quantization != "none" or serve.kv_cache_dtype == "int8":
+        if serve.quantization not in VLLM_QUANTIZATIONS:
             raise ValueError(
-                "serve.engine vllm has neither serve.quantization nor serve.kv_cache_dtype int8: leave them out, or set serve.engine to altiplano"
+                f"serve.engine vllm has no serve.quantization {serve.quantization}: use {' or '.join(VLLM_QUANTIZATIONS)}, or set serve.engine "
+                "to altiplano"
+            )
+        if serve.block_size not in VLLM_BLOCK_SIZES:
+            raise ValueError(
+                f"serve.engine vllm has no serve.block_size {serve.block_size}: use one of {', '.join(map(str, VLLM_BLOCK_SIZES))}"
+            )
+        if self.lora.use_dora:
+            raise ValueError(
+                "serve.engine vllm does not run what lora.use_dora makes: turn it off, or set serve.engine to altiplano"
             )
         if serve.num_speculative_tokens or serve.itl_target_ms is not None or serve.deterministic:
             raise ValueError(
