@@ -7,6 +7,7 @@ What W1-W4 are says definitions.py. W2-B256-2048: decode steps at context 2 048,
 """
 
 import argparse
+import gc
 import platform
 import sys
 import time
@@ -42,6 +43,8 @@ class Bench(definitions.Workloads):
         quantization = {"w": name, "w8a8": variant}.get(kind, "none")
         self.runner = CudaRunner(config, kv_cache_dtype=name if kind == "kv" else "auto", quantization=quantization)
         self.engine = OverlappedEngine(config, self.runner)
+        gc.collect()
+        gc.freeze()  # as the engine's process does
 
     def seconds(self, prompts: list[list[int]], lengths: list[int], temperature: float = 0.0) -> float:
         params = [SamplingParams(max_tokens=n, ignore_eos=True, temperature=temperature) for n in lengths]

@@ -304,6 +304,32 @@ def test_a_draft_model_catches_up_in_pieces_beside_answers(settings: dict[str, f
     assert set(steps[:-1]) == {1}, "while it catches up, nobody waits for a burst; with the last piece it guesses"
 
 
+@pytest.mark.parametrize(("target", "beside"), [(None, [False, True] * 3), (1e9, [True] * 6)])
+def test_who_decodes_waits_for_one_step_that_prompts_fill_but_never_under_a_latency_target(
+    target: float | None, beside: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make(
+        False, lambda: False, max_model_len=512, num_blocks=64, block_size=16, max_num_batched_tokens=32, itl_target_ms=target
+    )
+    short, long = (
+        SamplingParams(max_tokens=40, temperature=0.0, seed=0, ignore_eos=True),
+        SamplingParams(max_tokens=1, temperature=0.0),
+    )
+    engine.add_request("answer", [1, 2, 3], short)
+    said = [output.token_id for output in engine.step()]
+    runner: PretendedRunner = engine.runner  # type: ignore[assignment]
+    decode, prefill, launches = runner.launch_decode, runner.launch_prefill, list[list[str]]()
+    monkeypatch.setattr(runner, "launch_decode", lambda slots, times: (launches[-1].append("decode"), decode(slots, times)))
+    monkeypatch.setattr(runner, "launch_prefill", lambda chunks: (launches[-1].append("prompts"), prefill(chunks)))
+    engine.add_request("prompt", [i % 60 for i in range(6 * 32 + 5)], long)
+    while engine.has_unfinished():
+        launches.append([])
+        said += [output.token_id for output in engine.step() if output.request_id == "answer"]
+    assert ["decode" in launch for launch in launches[:6]] == beside and all("prompts" in launch for launch in launches[:6])
+    assert "decode" in launches[6], "the prompt's last piece fills nothing"
+    assert said == says([1, 2, 3], short)[0]
+
+
 def test_an_adapter_for_which_there_is_no_memory_is_refused_and_everybody_else_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make(False, lambda: False, max_model_len=64, num_blocks=8, block_size=16)
 

@@ -81,9 +81,11 @@ def runs_on(device: torch.device) -> bool:
 def choose(rows: int, w: torch.Tensor, kind: int) -> Tiling | None:
     """The tiling for x: [rows, k] and w: [n, k] that was measured to be best, or one that is good for most; None: use the library."""
     n, k = w.shape
-    if not LEAST_ROWS <= rows <= SIZES[-1]:
+    # Beyond the sizes the library multiplies as fast, but it cannot draw.
+    if rows < LEAST_ROWS or (rows > SIZES[-1] and kind != DRAW):
         return None
-    tiling = TUNED.get((kind, n, k), USUAL[kind])[bisect_left(SIZES, rows)]
+    size = min(bisect_left(SIZES, rows), len(SIZES) - 1)
+    tiling = TUNED.get((kind, n, k), USUAL[kind])[size]
     return tiling if tiling is not None and fits(tiling, n, k) else None
 
 

@@ -84,6 +84,7 @@ class OverlappedEngine(Engine):
         self._live: set[Request] = set()  # requests whose slot on the GPU is up to date
         self._known: dict[Request, int] = {}  # who guesses knows the request's text; tokens that a draft model has computed of it
         self._postponed: Payoff | None = None  # it wants guesses, and a draft model does not know enough yet
+        self._held = False  # whether decodes were left out of the last launch
         self._made: dict[int, int] = {}  # guesses made in each slot, over all its requests
         runner.warm_up()
 
@@ -168,6 +169,9 @@ class OverlappedEngine(Engine):
         decodes = [r for r in decodes if r.state is State.RUNNING]
         if not preempted and min(budget, prompts) > 0:
             scheduler.admit(min(budget, prompts), chunks)
+        self._held = bool(decodes) and not self._held and self._is_full(chunks)
+        if self._held:
+            decodes = []
         if chunks:
             flights += self._launch_chunks(chunks)
         if decodes:
@@ -180,6 +184,11 @@ class OverlappedEngine(Engine):
         self._steps += times
         tokens = sum(len(chunk.tokens) for chunk in chunks)
         return _Launched(flights, self._cuda.publish(), started, tokens, len(decodes), times, choice.asked, choice.catch_up > 0)
+
+    def _is_full(self, chunks: list[Chunk]) -> bool:
+        """Whether prompts fill the launch. Who decodes already waits for one such, not for two, and not under a latency target: few
+        rows take nearly as long as all will together."""
+        return self.config.itl_target_ms is None and sum(len(chunk.tokens) for chunk in chunks) == self._scheduler.budget
 
     def _prompt_budget(self) -> int:
         """Tokens of prompts that may be computed beside decodes, which are launches of their own, over all requests."""

@@ -187,7 +187,7 @@ class CudaRunner:
         bucket, kind = bucket_of(len(slots)), self._kind(slots)
         self._graphs.ensure(bucket, kind)
         self.slots.upload_tables()
-        self._set_rows(slots, bucket)
+        self._set_rows(self.slots.longest_first(slots), bucket)
         self._graphs.replay(bucket, times, kind)
 
     def guesses_per_request(self, requests: int) -> int:

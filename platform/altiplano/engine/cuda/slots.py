@@ -61,6 +61,10 @@ class SlotTable:
         self.tables.view(-1)[sent[0]] = sent[1].int()
         self._changes.clear()
 
+    def longest_first(self, slots: Sequence[int]) -> list[int]:
+        """By the pages that they hold: attention over many takes longest, and what the GPU starts last should be short."""
+        return sorted(slots, key=self._held.__getitem__, reverse=True)
+
     def upload_rows(self, slots: Sequence[int], bucket: int) -> None:
         """Batch row i belongs to slots[i]; rows up to `bucket` are scratch."""
         self.assign(self.rows[:bucket], slots)
