@@ -23,7 +23,8 @@ from altiplano.engine import (
     VllmEngine,
 )
 from altiplano.engine.vllm import mapping
-from altiplano.engine.vllm.mapping import engine_args, room_for
+from altiplano.engine.vllm.adapters import LORA_RANKS, room_for
+from altiplano.engine.vllm.mapping import engine_args
 
 from . import vllm_signatures, vllm_surface
 from .conftest import make_adapter
@@ -232,7 +233,7 @@ def test_adapters_that_cannot_run_are_refused(engine: VllmEngine, adapter: Path,
         engine.load_adapter("d", tmp_path / "dora")
     with pytest.raises(AdapterError, match="rank_pattern"):
         engine.load_adapter("p", changed(adapter, rank_pattern={"q_proj": 2}))
-    with pytest.raises(AdapterError, match="rank 65, above max_lora_rank 64"):
+    with pytest.raises(AdapterError, match="rank 65, and vLLM has made room for 64 at its start"):
         engine.load_adapter("r", changed(adapter, rank_pattern=None, r=65))
     assert engine.adapters == [] and not inside(engine).loras
 
@@ -422,7 +423,7 @@ def parameters(function: object) -> list[str]:
 
 def test_the_mapping_knows_vllms_values(engine: VllmEngine) -> None:
     values = json.loads(vllm_signatures.HERE.read_text())["values"]
-    assert [*mapping.LORA_RANKS] == values["MaxLoRARanks"] and {*mapping.CACHE_DTYPES.values()} <= {*values["CacheDType"]}
+    assert [*LORA_RANKS] == values["MaxLoRARanks"] and {*mapping.CACHE_DTYPES.values()} <= {*values["CacheDType"]}
     assert values["MAX_NUM_LOGIT_BIAS_TOKENS"] == mapping.MAX_LOGIT_BIAS
     assert values["MAX_NUM_STOP_TOKEN_IDS"] == mapping.MAX_BANNED_STOPS
     assert {"stop", "length", "abort", "error"} <= {*values["FINISH_REASON_STRINGS"]}

@@ -13,7 +13,9 @@ NAMES = [check.__name__ for check in vllm_engine.CHECKS]
 
 def test_every_check_has_run_and_passed() -> None:
     for run in SEEN:
-        assert [one["check"] for one in run["checks"]] == ["start", *NAMES]
+        whole = (run["kv_cache_dtype"], run["quantization"]) == ("auto", "none")  # a variant is asked for its tokens alone
+        names = [one["check"] for one in run["checks"]]
+        assert names == ["start", *NAMES] if whole else names[0] == "start" and {*names[1:]} < {*NAMES}
         assert [one for one in run["checks"] if one["outcome"] != "passed"] == []
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from altiplano.engine.vllm.mapping import room_for
+from altiplano.engine.vllm.adapters import room_for
 from altiplano.serve import messages as m
 from altiplano.serve.engine_errors import AsleepError, EngineDiedError, RefusedError
 from altiplano.serve.engine_sleep import EngineSleep

@@ -7,7 +7,7 @@ get_metrics), SamplingParams, StructuredOutputsParams, tokens_input, LoRARequest
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from altiplano.engine.errors import AdapterError, EngineAsleepError, EngineError
 from altiplano.engine.outputs import EngineStats, TokenOutput
 from altiplano.engine.params import SamplingParams
 from altiplano.engine.steps import StepLog
+from altiplano.engine.vllm.adapters import check_fits
+from altiplano.engine.vllm.answers import token_outputs
 from altiplano.engine.vllm.mapping import engine_args, sampling_params
 
 MISSING = (
@@ -165,7 +167,10 @@ class VllmEngine:
         """
         self._check_awake()
         self._check_unused(name)
-        self._check_fits(name, directory)
+        most = self.config.max_loras
+        if name not in self._adapters and len(self._adapters) >= most:
+            raise AdapterError(f"{len(self._adapters)} adapters are loaded, and max_loras is {most}: unload one or raise it")
+        check_fits(name, directory, self.config, self._model)
         # Its name is new too: vLLM tells cached prefixes apart by the names of adapters, so those of a predecessor are not hit.
         number = next(self._numbers)
         adapter = self._lora.LoRARequest(lora_name=f"{name}#{number}", lora_int_id=number, lora_path=str(directory))
@@ -266,67 +271,13 @@ class VllmEngine:
     def _check_unused(self, adapter: str) -> None:
         check_unused(adapter, (request.adapter for request in self._requests.values()))
 
-    def _check_fits(self, name: str, directory: Path) -> None:
-        """What vLLM would take without a word: it copies a smaller base's matrices into a corner, and ignores ranks by module."""
-        most = self.config.max_loras
-        if name not in self._adapters and len(self._adapters) >= most:
-            raise AdapterError(f"{len(self._adapters)} adapters are loaded, and max_loras is {most}: unload one or raise it")
-        import torch  # not in the front end's process, which imports this module
-
-        from altiplano.engine.adapters import load_adapter
-
-        found = load_adapter(name, directory, self.config.model, self._model, self.config.max_lora_rank, torch.bfloat16, "cpu")
-        if any(gain is not None for layer in found.pairs for _, _, gain in layer.values()):
-            raise AdapterError(f"{directory} is DoRA, which vLLM does not run: merge it into its base, or use engine altiplano")
-
     def _take(self, request: _Request, output: Any) -> list[TokenOutput]:
-        """A RequestOutput of kind DELTA as our outputs, one for each token."""
-        (completion,) = output.outputs
-        reason, tokens = completion.finish_reason, list(completion.token_ids)
-        # Without news vLLM repeats all that it has told before.
-        logprobs = completion.logprobs if tokens and completion.logprobs else [None] * len(tokens)
-        if reason is not None:
-            del self._requests[output.request_id]
-        if request.max_tokens == 0:
-            tokens, logprobs, reason = [], [], "length" if reason == "stop" else reason
-        news = [
-            TokenOutput(output.request_id, token, *_chosen(token, found, request.top))
-            for token, found in zip(tokens, logprobs, strict=True)
-        ]
-        self._generated += len(news)
-        if not news and reason is not None:
-            news = [TokenOutput(output.request_id, None)]
-        if not news:
-            return []
-        if not request.told:
+        """Book what a request was told."""
+        news = token_outputs(output, request.max_tokens, request.top, not request.told)
+        if news:
             request.told = True
-            cached = output.num_cached_tokens or 0
-            self._cached += cached
-            first = _of_prompt(output, request.top)
-            news[0] = replace(news[0], num_cached_tokens=cached, queue_seconds=_queued(output), **first)
-        news[-1] = replace(news[-1], finish_reason=reason)
+            self._generated += sum(one.token_id is not None for one in news)
+            self._cached += news[0].num_cached_tokens
+            if news[-1].finish_reason is not None:
+                del self._requests[output.request_id]
         return news
-
-
-def _chosen(token: int, found: Any, top: int) -> tuple[float | None, tuple[tuple[int, float], ...]]:
-    """(log-probability of the token, the `top` most likely ones); vLLM lists the token beside them, wherever it ranks."""
-    return (None, ()) if found is None else (found[token].logprob, _ranked(found, top))
-
-
-def _ranked(found: Any, top: int) -> tuple[tuple[int, float], ...]:
-    ordered = sorted(found.items(), key=lambda item: item[1].rank)
-    return tuple((token, entry.logprob) for token, entry in ordered[:top])
-
-
-def _of_prompt(output: Any, top: int) -> dict[str, Any]:
-    """Of prompt tokens 1, 2, …; vLLM's list begins with None for token 0."""
-    if not output.prompt_logprobs:
-        return {}
-    rows = list(zip(output.prompt_token_ids, output.prompt_logprobs, strict=True))[1:]
-    found: dict[str, Any] = {"prompt_logprobs": tuple(row[token].logprob for token, row in rows)}
-    return found | ({"prompt_top": tuple(_ranked(row, top) for _, row in rows)} if top else {})
-
-
-def _queued(output: Any) -> float | None:
-    """Seconds from arrival to the first step, where vLLM keeps count."""
-    return None if output.metrics is None else output.metrics.scheduled_ts - output.metrics.queued_ts

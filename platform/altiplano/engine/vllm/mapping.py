@@ -1,13 +1,11 @@
 """Our settings and sampling parameters as vLLM's, under the names of its EngineArgs and SamplingParams (0.26)."""
 
-import json
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from altiplano.engine.config import EngineConfig, LlamaConfig
 from altiplano.engine.errors import EngineError
 from altiplano.engine.params import SamplingParams
+from altiplano.engine.vllm.adapters import LORA_RANKS
 
 CACHE_DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp8": "fp8", "int8": "int8_per_token_head"}  # auto is the model's own
 QUANTIZATIONS = {"none": None, "w8a8-fp8": "fp8"}  # those that vLLM makes while it loads
@@ -15,11 +13,9 @@ BLOCK_SIZES = (16, 32, 64, 128)
 # What our adapters change. Without the list vLLM puts room for LoRA around the LM head too, which every step pays for, and which
 # reads past its rows where prompt log-probabilities are asked for.
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of its LoRAConfig
 # What its samplers have room for; a request with more would end the engine, not itself.
 MAX_LOGIT_BIAS, MAX_BANNED_STOPS = 1024, 128
 MAX_TEMPERATURE = 2.0
-USUAL_RANK = 64
 
 
 def engine_args(config: EngineConfig, sleeps: bool = True) -> dict[str, Any]:
@@ -94,20 +90,6 @@ def sampling_params(params: SamplingParams, model: LlamaConfig, grammar: str | N
         "prompt_logprobs": (params.logprobs or 0) if params.prompt_logprobs else None,
         "detokenize": False,
     }
-
-
-def room_for(adapters: Iterable[str]) -> int:
-    """The rank to make room for: vLLM takes memory for `max_loras` adapters of it at the start, and computes with it whatever they have.
-
-    `adapters`: directories of those that are known now; one that cannot be read is refused when it is loaded.
-    """
-    ranks = [USUAL_RANK]
-    for directory in adapters:
-        try:
-            ranks.append(int(json.loads((Path(directory) / "adapter_config.json").read_text())["r"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return min(max(ranks), LORA_RANKS[-1])
 
 
 def _adapter_args(config: EngineConfig) -> dict[str, Any]:
