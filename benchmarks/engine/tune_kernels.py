@@ -68,7 +68,7 @@ def eight(model: Model, rows: int) -> Iterator[Task]:
         def chosen(choice: Choice, kind: str = kind, name: str = name) -> Case:
             return eight_bits.product_case(model, name, rows, kind, w8a8.Tiling(*choice))  # type: ignore[arg-type]
 
-        own = eight_bits.choose(model, name, rows)
+        own = eight_bits.choose(model, name, rows, kind)
         yield chosen(own), own, others, chosen
 
 

@@ -112,14 +112,15 @@ def test_a_product_that_is_not_worth_splitting_is_one_part() -> None:
     assert parts.dtype is torch.bfloat16 and parts[0].equal(kernel.linear(x, w))
 
 
-@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 256, 300, 512, 513, 8192])
-def test_every_batch_keeps_the_card_at_work(rows: int) -> None:
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 256, 300, 512, 513, 2047, 2048, 8192])
+def test_every_batch_keeps_the_card_at_work(rows: int, kind: torch.dtype) -> None:
     """Llama 3.2 1B and 3B. The parts of a sum may not be too small, nor too many bytes."""
     for hidden, query_and_kv, wide in ((2048, 3072, 8192), (3072, 5120, 8192)):
         for k in (hidden, wide):
-            split = kernel.choose_split(rows, hidden, k)
+            split = kernel.choose_split(rows, hidden, k, kind)
             assert -(-rows // split.rows) * (hidden // split.columns) * split.splits >= 120
             assert split.splits == 1 or (k // split.splits >= 512 and 4 * split.splits * rows * hidden <= 16 * 2**20)
         for n in (query_and_kv, 2 * wide):
-            whole = kernel.choose_tiling(rows, n)
+            whole = kernel.choose_tiling(rows, n, kind)
             assert whole.splits == 1 and -(-rows // whole.rows) * (n // whole.columns) >= 48

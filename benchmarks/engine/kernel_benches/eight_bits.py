@@ -21,15 +21,17 @@ def w8a8(model: Model) -> Iterator[Case]:
     yield from row_cases(model, model.tokens, "fp8")
 
 
-def choose(model: Model, name: str, rows: int) -> kernel.Tiling:
+def choose(model: Model, name: str, rows: int, kind: str) -> kernel.Tiling:
     """The kernel's own choice; what a norm follows may stay in parts."""
     n, k = model.weights[name]
-    return kernel.choose_split(rows, n, k) if name in ("o", "down") else kernel.choose_tiling(rows, n)
+    if name in ("o", "down"):
+        return kernel.choose_split(rows, n, k, KINDS[kind])
+    return kernel.choose_tiling(rows, n, KINDS[kind])
 
 
 def product_case(model: Model, name: str, rows: int, kind: str, choice: kernel.Tiling | None = None) -> Case:
     n, k = model.weights[name]
-    tiling = choice or choose(model, name, rows)
+    tiling = choice or choose(model, name, rows, kind)
     splits, multiply = tiling.splits, kernel.linear_parts if name in ("o", "down") else kernel.linear
 
     def prepare(device: str, turns: int) -> list[Launch]:
