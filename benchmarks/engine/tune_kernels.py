@@ -60,7 +60,15 @@ def prefill(model: Model, rows: int) -> Iterator[Task]:
 
 def eight(model: Model, rows: int) -> Iterator[Task]:
     """Tilings of codes; what a norm follows may stay in parts."""
-    shapes = {w8a8.FEW, w8a8.FEW._replace(swapped=False), w8a8.NARROW, w8a8.SOME, w8a8.MANY, w8a8.Tiling(64, 128, 128, 4, 4)}
+    shapes = {
+        w8a8.FEW,
+        w8a8.FEW._replace(swapped=False),
+        w8a8.NARROW,
+        w8a8.SOME,
+        w8a8.MANY,
+        w8a8.LARGE,
+        w8a8.Tiling(64, 128, 128, 4, 4),
+    }
     for kind, name in product(eight_bits.KINDS, ("qkv", "o", "gate_up", "down")):
         splits = (1, 2, 4, 8) if name in ("o", "down") else (1,)
         others = [tiling._replace(splits=count) for tiling in sorted(shapes) for count in splits]
