@@ -40,14 +40,8 @@ class Tiling(NamedTuple):
 
 
 LEAST_ROWS = 9  # below, few_rows is faster
-SIZES = (
-    16,
-    32,
-    64,
-    128,
-    192,
-    256,
-)  # up to so many rows the tilings below were measured, by benchmarks/engine/tune_tiles.py on an H200
+# Up to so many rows the tilings below were measured, by benchmarks/engine/tune_tiles.py on an H200.
+SIZES = (16, 32, 64, 128, 192, 256)
 _WIDE, _DEEP = Tiling(1, 1, 128, 4, 8), Tiling(1, 1, 64, 2, 6, depth=128)
 _QKV = Tiling(1, 1, 64, 1, 6, depth=128)
 _HEAD = Tiling(1, 1, 128, 1, 4)
