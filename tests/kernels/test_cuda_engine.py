@@ -181,9 +181,8 @@ def test_no_graph_with_guesses_is_captured_while_somebody_waits(
     start = list(captured)
     # One, two and up to four requests, each with and without filters.
     assert sorted(bucket for bucket, _ in start) == [1, 1, 2, 2, 4, 4]
-    for params in (GREEDY, FILTERED):
-        for requests in (1, 2, 3):
-            answers(engine, texts(requests), replace(params, max_tokens=3))
+    for requests, params in ((1, GREEDY), (2, GREEDY), (3, GREEDY), (2, FILTERED)):
+        answers(engine, texts(requests), replace(params, max_tokens=3))
     assert engine.stats().guessed_steps > 0
     assert all(not kind.guesses for _, kind in captured[len(start) :])  # type: ignore[attr-defined]
     captured.clear()
