@@ -25,7 +25,9 @@ def register(app: typer.Typer) -> None:
 def create(
     name: Annotated[str, typer.Argument(help="Who or what uses it, for people.")],
     file: FileOption = DEFAULT,
-    scope: Annotated[Scope, typer.Option(help="user asks models; metrics reads /metrics and nothing else; admin may all.")] = Scope.user,
+    scope: Annotated[
+        Scope, typer.Option(help="user asks models; metrics reads /metrics and nothing else; admin may all.")
+    ] = Scope.user,
     expires: Annotated[str | None, typer.Option(help="After how long it ends: 90m, 12h, 30d. Default: never.")] = None,
     requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Default: serve.limits.")] = None,
     tokens_per_minute: Annotated[int | None, typer.Option(min=1, help="Prompt and answer. Default: serve.limits.")] = None,
