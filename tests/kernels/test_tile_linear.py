@@ -23,7 +23,7 @@ def test_what_is_chosen_divides_the_weight(kind: int) -> None:
         weight = torch.empty(n, k, device="meta")
         for rows in range(1, SIZES[-1] + 50):
             tiling = tile.choose(rows, weight, kind)
-            if not LEAST_ROWS <= rows <= SIZES[-1]:
+            if rows < LEAST_ROWS or (rows > SIZES[-1] and kind != DRAW):
                 assert tiling is None
             elif tiling is not None:
                 assert n % tiling.columns == 0 and k % (tiling.splits * tiling.depth) == 0, (rows, n, k)
