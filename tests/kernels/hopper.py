@@ -87,7 +87,7 @@ def eight_bits() -> None:
             compile_kernel(
                 f"w8a8_add_norm-{name}-{splits}", w8a8._add_norm_kernel, given, {"PAD": 2048, "SPLITS": splits, **options}, 8
             )
-        for tiling in (w8a8.FEW, w8a8.NARROW, w8a8.SOME, w8a8.MANY):
+        for tiling in (w8a8.FEW, w8a8.NARROW, w8a8.SOME, w8a8.MANY, *([w8a8.LARGE] if name == "fp8" else [])):
             for splits, out in ((1, "*bf16"), (4, "*fp32")):
                 sizes = {
                     "K": 2048,

@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
-from altiplano.engine import AdapterError, EngineConfig, SamplingParams
+from altiplano.engine import AdapterError, EngineConfig, EngineError, SamplingParams
 from altiplano.engine.cuda.guesses import Guesses
 from altiplano.engine.cuda.overlap import OverlappedEngine
 from altiplano.engine.cuda.runner import Ticket
@@ -345,6 +345,37 @@ def test_an_adapter_for_which_there_is_no_memory_is_refused_and_everybody_else_g
     while engine.has_unfinished():
         said += [output.token_id for output in engine.step()]
     assert said == says([1, 2, 3], params)[0] and engine.adapters == []
+
+
+def test_without_memory_for_graphs_an_adapter_is_refused_and_an_engine_sleeps_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make(False, lambda: False, max_model_len=64, num_blocks=8, block_size=16)
+    level, adapters = 0, set[str]()
+
+    def sleep(at: int) -> None:
+        nonlocal level
+        level = at
+
+    calls = {"sleep": sleep, "wake_up": lambda: sleep(0), "unload_adapter": adapters.discard}
+    for name, call in {**calls, "load_adapter": lambda name, directory: adapters.add(name)}.items():
+        monkeypatch.setattr(engine.runner, name, call, raising=False)
+    engine.sleep(1)
+
+    def no_room() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "warm_up", no_room)
+        with pytest.raises(EngineError, match="no memory for the graphs"):
+            engine.wake_up()
+        assert (engine.sleep_level, level) == (1, 1)
+    engine.wake_up()
+    assert (engine.sleep_level, level) == (0, 0)
+    monkeypatch.setattr(engine.runner, "warm_up", no_room)
+    with pytest.raises(AdapterError, match="no memory for adapter 'big'"):
+        engine.load_adapter("big", Path("nowhere"))
+    assert engine.adapters == [] and not adapters
+    params = SamplingParams(max_tokens=5, temperature=0.0, seed=3, ignore_eos=True)
+    assert engine.generate([[1, 2, 3]], [params])[0].token_ids == says([1, 2, 3], params)[0]
 
 
 def test_a_decision_to_guess_is_not_spent_on_what_has_to_land_first() -> None:

@@ -87,3 +87,16 @@ def test_a_request_that_vllm_gives_up_is_refused(process: tuple[FrontEnd, LLMEng
 def test_vllm_makes_room_for_usual_ranks_and_our_engine_for_all() -> None:
     settings = [engine_settings(ServeSettings("x", "x", engine=engine)) for engine in ("vllm", "altiplano")]
     assert [one["max_lora_rank"] for one in settings] == [64, 512]
+
+
+@pytest.mark.parametrize("abort", [False, True])
+def test_a_request_whose_grammar_is_being_tried_is_not_forgotten_by_sleep(
+    process: tuple[FrontEnd, LLMEngine], abort: bool
+) -> None:
+    """Its promise is kept with mode=wait, and with mode=abort it ends as the others do."""
+    front, _ = process
+    front.say(add("good", 'start: "yes"'))
+    front.say(m.Sleep(7, 1, abort=abort))
+    first, second = front.hear(), front.hear()
+    assert isinstance(first, m.Step) and second == m.Done(7)
+    assert [token.finish_reason for token in first.tokens] == ["abort" if abort else "length"]

@@ -164,6 +164,14 @@ def linear_draw(
     return values, ids
 
 
+def compile_chosen(weights: Sequence[tuple[torch.Tensor, int]], most_rows: int) -> None:
+    """Compile what `choose` will find for steps of up to `most_rows` rows over `weights`, each with its kind: half a second each."""
+    sizes = [size for size in SIZES if size <= most_rows] or [most_rows]
+    chosen = {(choose(rows, w, kind), kind) for rows in (*sizes, most_rows) for w, kind in weights}
+    for tiling, kind in sorted((tiling, kind) for tiling, kind in chosen if tiling is not None):
+        compile_tiling(tiling, kind)
+
+
 def compile_tiling(tiling: Tiling, kind: int) -> bytes:
     """Machine code, which is kept for later launches; needs no GPU. Raises KernelBuildError."""
     return compile_source(SOURCE, _options(tiling, kind), "sm_90a")

@@ -63,7 +63,7 @@ class Loop:
     def _take_commands(self) -> bool:
         """Handle what has come; wait for something when there is nothing to compute. False when the front end is gone."""
         while True:
-            if self._bedtimes and not self._engine.has_unfinished():
+            if self._bedtimes and not self._held and not self._engine.has_unfinished():
                 self._fall_asleep()
             idle = not self._engine.has_unfinished() or self._engine.is_blocked()
             try:
@@ -126,6 +126,10 @@ class Loop:
             for request_id in self._engine.unfinished:
                 self._engine.abort(request_id)
                 self._grammars.forget(request_id)
+            for request_id in self._held:
+                self._grammars.forget(request_id)
+                self._send(m.Step([_token(TokenOutput(request_id, None, finish_reason="abort"))], {}))
+            self._held.clear()
 
     def _fall_asleep(self) -> None:
         for command in self._bedtimes:

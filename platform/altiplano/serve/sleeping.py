@@ -100,10 +100,17 @@ def add_sleeping(app: FastAPI, find: Callable[[], Sleeping]) -> None:
         return _answer(await find().everywhere("told"))
 
 
+# The loop itself would forget tasks that nobody waits for any more.
+_CHANGES = set[asyncio.Task[list[dict[str, Any]]]]()
+
+
 async def _to_the_end(change: Coroutine[Any, Any, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Wait for a change that does not end in the middle when who asked leaves."""
     # In a context of its own: Ray Serve cancels the calls that a request has made to other replicas when it cancels the request.
-    return await asyncio.shield(asyncio.create_task(change, context=Context()))
+    task = asyncio.create_task(change, context=Context())
+    _CHANGES.add(task)
+    task.add_done_callback(_CHANGES.discard)
+    return await asyncio.shield(task)
 
 
 def _answer(told: list[dict[str, Any]]) -> JSONResponse:

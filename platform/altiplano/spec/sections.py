@@ -306,7 +306,7 @@ class Serve(Section):
         None,
         gt=0,
         description="95 of 100 gaps between two tokens of an answer are to stay below it: prompts are computed in smaller chunks beside answers, "
-        "so a first token comes later; null: no target.",
+        "so a first token comes later; null: no target, and on a GPU answers wait for every other step that long prompts fill.",
     )
     deterministic: bool = Field(
         False,

@@ -71,7 +71,6 @@ class AdapterPool:
     def load(self, adapter: Adapter) -> None:
         """Copy an adapter into its place, or into a free one; there must be one."""
         at = self._names.index(adapter.name if adapter.name in self._names else None)
-        self._names[at], self._ranks[at] = adapter.name, adapter.rank
         for name, modules in PRODUCTS.items():
             product = self.products[name]
             for layer, pairs in enumerate(adapter.pairs):
@@ -88,6 +87,7 @@ class AdapterPool:
                         up[first:end, : adapter.rank] = high
                         if strength is not None:
                             gain[first:end] = strength
+        self._names[at], self._ranks[at] = adapter.name, adapter.rank
 
     def unload(self, name: str) -> None:
         """Free an adapter's place."""

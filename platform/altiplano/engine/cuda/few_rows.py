@@ -1,4 +1,4 @@
-"""A decode step of 1 to 16 rows on kernels of our own: five a layer, each of which starts while the one before it ends.
+"""A decode step of a few rows (`most_rows`, 16 at most) on kernels of our own: five a layer, each of which starts while the one before it ends.
 
     begin ─► [ norm+QKV+RoPE+KV ─► attention ─► O+residual ─► norm+gate/up+SwiGLU ─► down+residual ] × layers ─► norm+head+draw ─► advance
 

@@ -66,6 +66,7 @@ def load_model(
             return code_weights(weights, CODES[quantization])
         return weights if bits == 16 else pack_weights(weights, bits, model.head_dim, fused_qkv=kind is torch.bfloat16)
 
+    torch.cuda.empty_cache()  # else what an engine before this one left behind counts as taken
     free = torch.cuda.mem_get_info()[0]
     _check_weights(where, weight_bytes(model), free, drafts)
     try:

@@ -3,6 +3,7 @@
 Products are cuBLAS or, up to a few hundred rows, ours; between them are Triton kernels and attention in clusters.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -135,6 +136,15 @@ class CudaLlama:
             found = {name: tile.choose(rows, getattr(layer, name), kind) for name, kind in KINDS.items()} if tiled else {}
             self.tilings[rows] = {name: tiling for name, tiling in found.items() if tiling is not None}
         return self.tilings[rows]
+
+    def compile_ahead(self, most_rows: int) -> None:
+        """Compile the kernels of steps of up to `most_rows` rows beside whatever goes on, so that no step has to wait for them."""
+        layer = self.weights.layers[0]
+        weights = [(self.weights.head, tile.DRAW)]
+        if isinstance(layer, Layer):
+            weights += [(getattr(layer, name), kind) for name, kind in KINDS.items()]
+        if self._tiles:
+            threading.Thread(target=tile.compile_chosen, args=(weights, most_rows), daemon=True, name="compile").start()
 
     def draw(self, rows: torch.Tensor, hidden: torch.Tensor, pdl: bool = True) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Candidates of the plain draw, float32 and int32 [rows, candidates], without logits; None: the head is for the library.

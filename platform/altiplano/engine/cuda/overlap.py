@@ -25,7 +25,7 @@ from altiplano.engine.config import EngineConfig
 from altiplano.engine.core import Engine
 from altiplano.engine.cuda import drawing
 from altiplano.engine.cuda.runner import CudaRunner, Ticket
-from altiplano.engine.errors import AdapterError
+from altiplano.engine.errors import AdapterError, EngineError
 from altiplano.engine.guessing import Payoff
 from altiplano.engine.outputs import TokenOutput
 from altiplano.engine.plan import Chunk
@@ -115,16 +115,25 @@ class OverlappedEngine(Engine):
     def load_adapter(self, name: str, directory: Path) -> None:
         try:
             super().load_adapter(name, directory)
+            if not self.has_unfinished():
+                self._cuda.warm_up()
         except torch.OutOfMemoryError as error:
+            if name in self.adapters:
+                self.unload_adapter(name)
             raise AdapterError(
                 f"the GPU has no memory for adapter {name!r} on its way into its place: lower num_blocks, or use an adapter of a lower rank"
             ) from error
-        if not self.has_unfinished():
-            self._cuda.warm_up()
 
     def wake_up(self) -> None:
+        level = self.sleep_level
         super().wake_up()
-        self._cuda.warm_up()
+        try:
+            self._cuda.warm_up()
+        except torch.OutOfMemoryError as error:
+            self.sleep(level)
+            raise EngineError(
+                "the GPU has no memory for the graphs with guesses: free it, then wake the engine up again"
+            ) from error
 
     def abort(self, request_id: str) -> None:
         request = self._requests.get(request_id)
@@ -169,7 +178,7 @@ class OverlappedEngine(Engine):
         decodes = [r for r in decodes if r.state is State.RUNNING]
         if not preempted and min(budget, prompts) > 0:
             scheduler.admit(min(budget, prompts), chunks)
-        self._held = bool(decodes) and not self._held and self._is_full(chunks)
+        self._held = bool(decodes) and not guesses and not self._held and self._is_full(chunks)
         if self._held:
             decodes = []
         if chunks:

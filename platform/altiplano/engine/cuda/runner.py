@@ -97,6 +97,7 @@ class CudaRunner:
         if guests:
             most, longest = config.num_speculative_tokens, config.max_model_len + RING
             self._guesses = Guesses(self.slots, most, longest, drafts[0] if drafts else None)
+        self.model.compile_ahead(config.max_num_seqs)
         self._graphs = DecodeGraphs(self._decode_step, self._point_at_scratch)
         self._adapters: set[str] = set()
         self._pool: AdapterPool | None = None  # made for the first adapter
