@@ -40,9 +40,11 @@ def by_system(rows: Sequence[Record], note: str) -> str:
     distance = [f"times the speed of {peers[0] if len(peers) == 1 else 'the better peer'}"] if peers else []
     heads = ["workload", "model", "variant", "unit", *systems, *distance]
     lines = [
-        [*key, *(_shown(by[s]) if s in by else "" for s in systems), *([_times(by)] if peers else [])]
+        [*key, *(_shown(by[s]) + _mark(by, s) if s in by else "" for s in systems), *([_times(by)] if peers else [])]
         for key, by in cells.items()
     ]
+    if any(_mark(by, s) for by in cells.values() for s in by):
+        note += "; †: in another session than ours, on a card of the same kind"
     named = {r["system"]: f"{r['system']} {r['versions'][r['system']]}" for r in rows if r["system"] in PEERS}
     return _table(
         heads, lines, rows, "Median (range)", "; ".join([note, *([f"peers: {', '.join(named.values())}"] if named else [])])
@@ -61,13 +63,15 @@ def engine_rows() -> list[Record]:
 
 
 def engine_short() -> str:
-    """Of one commit, which is that of batch 1: bf16, and each reduction where it is meant to pay."""
+    """Of ours one commit, which is that of batch 1: bf16, and each reduction where it is meant to pay. Of peers what there is of the same."""
     rows = engine_rows()
     commits = [
         r["commit"] for r in rows if (r["workload"], r["model"], r["variant"], r["system"]) == ("W1", "1b", "bf16", "altiplano")
     ]
     shown = [r for r in rows if r["variant"] == "bf16" or (r["workload"], r["variant"]) in HEADLINES]
-    return engine([r for r in shown if r["commit"] in commits])
+    ours = [r for r in shown if r["system"] not in PEERS and r["commit"] in commits]
+    about = {(r["workload"], r["model"], r["variant"]) for r in ours}
+    return engine([*ours, *(r for r in shown if r["system"] in PEERS and (r["workload"], r["model"], r["variant"]) in about)])
 
 
 def start() -> str:
@@ -154,6 +158,12 @@ def _table(heads: Sequence[str], lines: Sequence[Sequence[str]], rows: Sequence[
     hardware = ", ".join(sorted({r["hardware"] for r in rows}))
     shown = [f"| {' | '.join(cells)} |" for cells in (heads, *lines)]
     return "\n".join([shown[0], "|" + "---|" * len(heads), *shown[1:], "", f"{figure} on {hardware}; {note}."])
+
+
+def _mark(by: dict[str, Record], system: str) -> str:
+    """Whether a peer was measured beside another commit of ours than the one in its row, which was in another session."""
+    ours = by.get("altiplano")
+    return " †" if system in PEERS and ours is not None and ours["commit"] != by[system]["commit"] else ""
 
 
 def _shown(r: Record) -> str:

@@ -28,7 +28,7 @@ def result(workload: str, value: float, system: str = "altiplano", **others: Any
     unit, higher = ("ms/step", False) if workload[:2] in ("W1", "W2") else ("tok/s", True)
     return {
         "workload": workload, "model": "1b", "variant": "bf16", "system": system, "value": value, "min": value, "max": value,
-        "unit": unit, "higher_is_better": higher, "hardware": "NVIDIA H200", "versions": {system: "1.2.3"}, **others,
+        "unit": unit, "higher_is_better": higher, "hardware": "NVIDIA H200", "versions": {system: "1.2.3"}, "commit": "abc", **others,
     }  # fmt: skip
 
 
@@ -54,6 +54,16 @@ def test_our_speed_stands_against_the_better_peer(tables: Any) -> None:
         "| W1 | 1b | w-int8 | ms/step | 0.6 |  |  |  |",
         "",
         "Median (range) on NVIDIA H200; random weights; at least 3 runs each; peers: vllm 1.2.3, sglang 1.2.3.",
+    ]
+
+
+def test_a_peer_of_another_session_is_marked(tables: Any) -> None:
+    keep(tables, result("W1", 0.75, commit="new"), result("W1", 1.5, "vllm", commit="old"), result("W4", 3, commit="old"))
+    assert tables.engine_short().splitlines()[2:] == [
+        "| W1 | 1b | bf16 | ms/step | 0.75 | 1.5 † | 2.00 |",
+        "",
+        "Median (range) on NVIDIA H200; random weights; at least 3 runs each; †: in another session than ours, on a card of the same kind; "
+        "peers: vllm 1.2.3.",
     ]
 
 
