@@ -5,6 +5,7 @@ import ctypes
 import pytest
 import torch
 
+from altiplano_kernels.cuda_program import KernelBuildError
 from altiplano_kernels.tile_linear import kernel as tile
 from altiplano_kernels.tile_linear.kernel import DRAW, GATED, LEAST_ROWS, PARTS, SIZES, WHOLE, Tiling
 
@@ -35,6 +36,28 @@ def test_llamas_steps_of_64_rows_have_a_tiling_for_every_product() -> None:
     for kind, weights in WEIGHTS.items():
         for n, k in weights[:2]:
             assert tile.choose(64, torch.empty(n, k, device="meta"), kind) is not None, (kind, n, k)
+
+
+def test_ahead_of_the_steps_all_that_they_will_need_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = [(torch.empty(*some[0], device="meta"), kind) for kind, some in WEIGHTS.items()]
+    made = set[tuple[Tiling, int]]()
+    monkeypatch.setattr(tile, "compile_tiling", lambda tiling, kind: made.add((tiling, kind)))
+    tile.compile_chosen(weights, 300, lambda: True)
+    wanted = {(tile.choose(rows, w, kind), kind) for rows in range(1, 301) for w, kind in weights}
+    assert made == {(tiling, kind) for tiling, kind in wanted if tiling is not None}
+    made.clear()
+    tile.compile_chosen(weights, 48, lambda: len(made) < 2)
+    assert len(made) == 2
+    tile.compile_chosen(weights, 8, lambda: True)
+    assert len(made) == 2, "few rows have other kernels"
+
+
+def test_what_does_not_compile_is_left_to_the_step_that_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(tiling: Tiling, kind: int) -> bytes:
+        raise KernelBuildError("libnvrtc.so.13 was not found")
+
+    monkeypatch.setattr(tile, "compile_tiling", no_compiler)
+    tile.compile_chosen([(torch.empty(3072, 2048, device="meta"), WHOLE)], 64, lambda: True)
 
 
 def test_a_ring_that_shared_memory_has_no_room_for_does_not_fit() -> None:

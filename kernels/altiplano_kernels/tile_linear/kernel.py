@@ -4,15 +4,16 @@ The parts of a split are left for the next kernel (residual add and norm), which
 and the order of summation never changes.
 """
 
+import contextlib
 import ctypes
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from altiplano_kernels.cuda_program import build, compile_source, driver
+from altiplano_kernels.cuda_program import KernelBuildError, build, compile_source, driver
 
 SOURCE = Path(__file__).with_name("linear.cu")
 BOX = 64  # of K, which the tensor copy engine brings at once
@@ -164,12 +165,17 @@ def linear_draw(
     return values, ids
 
 
-def compile_chosen(weights: Sequence[tuple[torch.Tensor, int]], most_rows: int) -> None:
-    """Compile what `choose` will find for steps of up to `most_rows` rows over `weights`, each with its kind: half a second each."""
+def compile_chosen(weights: Sequence[tuple[torch.Tensor, int]], most_rows: int, go_on: Callable[[], bool]) -> None:
+    """Compile what `choose` will find for steps of up to `most_rows` rows over `weights`, each with its kind: half a second each.
+
+    `go_on` is asked before each. What does not compile is left to the step that needs it, whose error somebody hears.
+    """
     sizes = [size for size in SIZES if size <= most_rows] or [most_rows]
     chosen = {(choose(rows, w, kind), kind) for rows in (*sizes, most_rows) for w, kind in weights}
-    for tiling, kind in sorted((tiling, kind) for tiling, kind in chosen if tiling is not None):
-        compile_tiling(tiling, kind)
+    with contextlib.suppress(KernelBuildError):
+        for tiling, kind in sorted((tiling, kind) for tiling, kind in chosen if tiling is not None):
+            if go_on():
+                compile_tiling(tiling, kind)
 
 
 def compile_tiling(tiling: Tiling, kind: int) -> bytes:

@@ -144,7 +144,9 @@ class CudaLlama:
         if isinstance(layer, Layer):
             weights += [(getattr(layer, name), kind) for name, kind in KINDS.items()]
         if self._tiles:
-            threading.Thread(target=tile.compile_chosen, args=(weights, most_rows), daemon=True, name="compile").start()
+            # No daemon, which would compile on while the libraries that it uses are taken down.
+            arguments = weights, most_rows, threading.main_thread().is_alive
+            threading.Thread(target=tile.compile_chosen, args=arguments, name="compile").start()
 
     def draw(self, rows: torch.Tensor, hidden: torch.Tensor, pdl: bool = True) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Candidates of the plain draw, float32 and int32 [rows, candidates], without logits; None: the head is for the library.
