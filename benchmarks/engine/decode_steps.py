@@ -24,23 +24,31 @@ def place(runner: CudaRunner, count: int, width: int, position: int, temperature
     runner.slots.write(slots, [1] * count, [position] * count, [0] * count, [temperature] * count, [0] * count)
 
 
-def timed(runner: CudaRunner, step: Callable[[], object], steps: int, replays: int) -> float:
-    """Median microseconds of `step`, in a new graph of `steps`, which all begin at the slots' present positions."""
+def capture(step: Callable[[], object], steps: int) -> torch.cuda.CUDAGraph:
+    """A graph of `steps` of them, after one that warms up."""
     step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(steps):
             step()
-    times = []
-    positions = runner.slots.positions.clone()
-    for _ in range(replays):
-        runner.slots.positions.copy_(positions)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / steps * 1e3)
+    return graph
+
+
+def replayed(runner: CudaRunner, graph: torch.cuda.CUDAGraph, steps: int, positions: torch.Tensor) -> float:
+    """Microseconds of a step of a graph of `steps`, which begin at `positions`: int32 [slots]."""
+    runner.slots.positions.copy_(positions)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) / steps * 1e3
+
+
+def timed(runner: CudaRunner, step: Callable[[], object], steps: int, replays: int) -> float:
+    """Median microseconds of `step`, in a new graph of `steps`, which all begin at the slots' present positions."""
+    graph, positions = capture(step, steps), runner.slots.positions.clone()
+    times = [replayed(runner, graph, steps, positions) for _ in range(replays)]
     runner.slots.positions.copy_(positions)
     return statistics.median(times)

@@ -52,13 +52,7 @@ def candidates(kind: int, rows: int, n: int, k: int) -> Iterator[Tiling]:
 
 
 def graph_of(runner: CudaRunner, rows: int) -> torch.cuda.CUDAGraph:
-    runner._decode_step(rows, PLAIN)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(STEPS):
-            runner._decode_step(rows, PLAIN)
-    return graph
+    return decode_steps.capture(lambda: runner._decode_step(rows, PLAIN), STEPS)
 
 
 def against(runner: CudaRunner, new: torch.cuda.CUDAGraph, old: torch.cuda.CUDAGraph) -> tuple[float, float]:
@@ -66,13 +60,7 @@ def against(runner: CudaRunner, new: torch.cuda.CUDAGraph, old: torch.cuda.CUDAG
     positions = runner.slots.positions.clone()
 
     def once(graph: torch.cuda.CUDAGraph) -> float:
-        runner.slots.positions.copy_(positions)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / STEPS * 1e3
+        return decode_steps.replayed(runner, graph, STEPS, positions)
 
     rounds = [(once(old), once(new), once(new), once(old)) for _ in range(TURNS)]
     return statistics.median((b + c) / (a + d) for a, b, c, d in rounds), statistics.median(b for _, b, _, _ in rounds)

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 from altiplano_kernels.embed_norm.kernel import add_norm, embed_rows
-from altiplano_kernels.kv_write.kernel import MAX_CODE, rope_and_write
+from altiplano_kernels.kv_write.kernel import rope_and_write
 from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, choose_splits, decode
 from altiplano_kernels.prefill_attention.kernel import list_tiles, prefill
 from altiplano_kernels.rms_norm.reference import rms_norm
@@ -21,6 +21,7 @@ from altiplano_kernels.sampling.kernel import RING, DrawWorkspace, advance, draw
 from altiplano_kernels.sampling.reference import gumbel
 from altiplano_kernels.swiglu.kernel import swiglu
 from altiplano_kernels.swiglu.reference import swiglu as swiglu_reference
+from altiplano_kernels.w8a8.reference import LARGEST
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -45,7 +46,7 @@ class Paged:
         order = random.Random(seed).sample(range(blocks), blocks)
         self.cache = torch.empty(blocks, 2, kv_heads, PAGE, dim, dtype=kind, device=DEVICE)
         self.scales = None
-        if kind in MAX_CODE:
+        if kind in LARGEST:
             self.cache.view(torch.int8).fill_(0x7F)  # NaN in e4m3
             self.scales = torch.full((blocks, 2, kv_heads, PAGE), float("nan"), dtype=torch.float16, device=DEVICE)
         else:

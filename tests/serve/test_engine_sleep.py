@@ -90,20 +90,29 @@ async def restart(engine: Engine) -> None:
         await asyncio.sleep(0)
 
 
+async def die_asleep(engine: Engine) -> None:
+    """It falls asleep, and then its process is another one."""
+    (asked,) = await engine.ask("sleep")
+    engine.answer(None)
+    await asked
+    await restart(engine)
+
+
+async def settle(engine: Engine) -> None:
+    while engine.sleep.turning:
+        await asyncio.sleep(0)
+
+
 @pytest.mark.parametrize("error", [RefusedError("no memory for the weights"), EngineDiedError("the engine's process ended")])
 def test_an_engine_that_cannot_sleep_after_a_restart_is_known_to_be_awake(
     error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def story() -> None:
         engine = Engine()
-        (asked,) = await engine.ask("sleep")
-        engine.answer(None)
-        await asked
-        await restart(engine)
+        await die_asleep(engine)
         assert engine.sleep.level == 1 and engine.sleep.turning, "nobody begins meanwhile"
         engine.answer(error)
-        while engine.sleep.turning:
-            await asyncio.sleep(0)
+        await settle(engine)
         assert engine.sleep.level == 0
         engine.sleep.check_awake()
 
@@ -114,13 +123,9 @@ def test_an_engine_that_cannot_sleep_after_a_restart_is_known_to_be_awake(
 def test_a_restarted_engine_sleeps_until_it_is_woken_up() -> None:
     async def story() -> None:
         engine = Engine()
-        (asked,) = await engine.ask("sleep")
+        await die_asleep(engine)
         engine.answer(None)
-        await asked
-        await restart(engine)
-        engine.answer(None)
-        while engine.sleep.turning:
-            await asyncio.sleep(0)
+        await settle(engine)
         assert engine.sleep.level == 1
         (asked,) = await engine.ask("wake up")
         engine.answer(None)

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +15,7 @@ import pytest
 
 from altiplano.serve import deployment, engine_sleep
 from altiplano.serve.engine_errors import RefusedError
+from altiplano.serve.sleeping import Sleeping
 
 from .conftest import Server, make_adapter, settings
 from .test_gate import LONG, SHORT, Guarded
@@ -318,19 +319,24 @@ def test_a_test_of_models_takes_sleep_for_nobodys_failure(
     guarded.run(guarded.generator.reconfigure(plain))
 
 
+def beside(own: Sleeping, other: Server) -> Callable[..., Awaitable[list[dict[str, Any]]]]:
+    """Ask two front ends, as those of an endpoint's replicas hear of each other."""
+
+    async def gather(method: str, *args: Any) -> list[dict[str, Any]]:
+        second = asyncio.run_coroutine_threadsafe(other.generator.sleeping.turn(method, *args), other.loop)
+        return [await own.turn(method, *args), await asyncio.wrap_future(second)]
+
+    return gather
+
+
 def test_replicas_sleep_together_or_not_at_all(
     guarded: Guarded, admin: httpx.Client, pool: ThreadPoolExecutor, adapter: Path
 ) -> None:
     """Two front ends that hear of each other as replicas do: one is busy, so the other is woken up again."""
     other = Server(settings(adapter))
     own = guarded.generator.sleeping
-
-    async def gather(method: str, *args: Any) -> list[dict[str, Any]]:
-        beside = asyncio.run_coroutine_threadsafe(other.generator.sleeping.turn(method, *args), other.loop)
-        return [await own.turn(method, *args), await asyncio.wrap_future(beside)]
-
     try:
-        own.gather = gather
+        own.gather = beside(own, other)
         with guarded.stopped():
             asked = under_way(guarded, admin, pool, 1)
             refused = admin.post("/sleep")
@@ -356,14 +362,9 @@ def test_who_leaves_does_not_leave_half_an_endpoint(
     """One replica refuses, the other one waits for an answer; the client goes, and the second is woken up all the same."""
     other = Server(settings(adapter))
     own = guarded.generator.sleeping
-
-    async def gather(method: str, *args: Any) -> list[dict[str, Any]]:
-        beside = asyncio.run_coroutine_threadsafe(other.generator.sleeping.turn(method, *args), other.loop)
-        return [await own.turn(method, *args), await asyncio.wrap_future(beside)]
-
     try:
         other.run(other.generator.client.sleep.begin(2))
-        own.gather = gather
+        own.gather = beside(own, other)
         with guarded.stopped():
             asked = under_way(guarded, admin, pool, 1)
             with pytest.raises(httpx.ReadTimeout):

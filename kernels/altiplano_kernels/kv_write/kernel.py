@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-MAX_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+from altiplano_kernels.w8a8.reference import LARGEST
+
 LEAST = tl.constexpr(6e-8)  # the smallest float16: a scale of zero would make NaN of a vector of zeros
 
 
@@ -103,7 +104,7 @@ def rope_and_write(
     cache: [blocks, 2, kv_heads, page, head_dim], bf16, float16, e4m3 or int8; scales: float16 [blocks, 2, kv_heads, page] for 8 bit.
     """
     _, _, kv_heads, page, dim = cache.shape
-    code = MAX_CODE.get(cache.dtype, 0.0)
+    code = LARGEST.get(cache.dtype, 0.0)
     extra = {"launch_pdl": True} if pdl else {}
     _rope_kv_kernel[(qkv.shape[0],)](
         qkv, positions, slots, tables, cos_sin, cache, cache if scales is None else scales,

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Sequence
 
-from altiplano.engine.errors import AdapterError, PromptTooLongError, UnknownAdapterError
+from altiplano.engine.errors import AdapterError, EngineAsleepError, EngineError, PromptTooLongError, UnknownAdapterError
 
 
 def check_prompt(request_id: str, in_use: Collection[str], prompt: Sequence[int]) -> None:
@@ -48,6 +48,34 @@ def check_loaded(adapter: str | None, adapters: Collection[str]) -> None:
     """
     if adapter is not None and adapter not in adapters:
         raise UnknownAdapterError(f"no adapter {adapter!r} is loaded; loaded: {', '.join(sorted(adapters)) or 'none'}")
+
+
+def check_room(adapter: str, adapters: Collection[str], max_loras: int) -> None:
+    """
+    Raises:
+        AdapterError: `adapter` is none of the loaded ones, and they are as many as there may be.
+    """
+    if adapter not in adapters and len(adapters) >= max_loras:
+        raise AdapterError(f"{len(adapters)} adapters are loaded, and max_loras is {max_loras}: unload one or raise it")
+
+
+def check_awake(asleep: bool) -> None:
+    """
+    Raises:
+        EngineAsleepError: it sleeps.
+    """
+    if asleep:
+        raise EngineAsleepError("the engine sleeps: wake it up first")
+
+
+def check_idle(busy: bool, requests: int) -> None:
+    """`busy`: whether anything is to be told of them still.
+
+    Raises:
+        EngineError: it cannot sleep yet.
+    """
+    if busy:
+        raise EngineError(f"{requests} requests are under way: wait for them, or abort them, before it sleeps")
 
 
 def check_unused(adapter: str, used: Iterable[str | None]) -> None:

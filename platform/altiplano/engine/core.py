@@ -6,10 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from altiplano.engine.checks import check_length, check_loaded, check_prompt, check_unused, check_vocabulary
+from altiplano.engine.checks import (
+    check_awake,
+    check_idle,
+    check_length,
+    check_loaded,
+    check_prompt,
+    check_unused,
+    check_vocabulary,
+)
 from altiplano.engine.config import EngineConfig
 from altiplano.engine.drafting import DraftProposer
-from altiplano.engine.errors import AdapterError, EngineAsleepError, EngineError
+from altiplano.engine.errors import AdapterError, EngineError
 from altiplano.engine.guessing import LookupProposer, Payoff, Payoffs, Proposer, Wants
 from altiplano.engine.outputs import Completion, EngineStats, TokenOutput
 from altiplano.engine.pages import PagePool
@@ -210,8 +218,7 @@ class Engine:
         self.check_sleep(level)
         if self.sleep_level == level:
             return
-        if self.has_unfinished():
-            raise EngineError(f"{len(self._requests)} requests are under way: wait for them, or abort them, before it sleeps")
+        check_idle(self.has_unfinished(), len(self._requests))
         if self._radix is not None:
             for namespace in self._radix.namespaces():
                 self._radix.drop(namespace)
@@ -280,8 +287,7 @@ class Engine:
         return [part for part in parts if isinstance(part, Sleeper)]
 
     def _check_awake(self) -> None:
-        if self.sleep_level:
-            raise EngineAsleepError("the engine sleeps: wake it up first")
+        check_awake(self.sleep_level > 0)
 
     def _check(self, request_id: str, prompt: Sequence[int], params: SamplingParams, adapter: str | None) -> None:
         self._check_awake()

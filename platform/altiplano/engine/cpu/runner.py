@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from altiplano.engine.adapters import Adapter, load_adapter
+from altiplano.engine.checks import check_room
 from altiplano.engine.config import EngineConfig, read_config
 from altiplano.engine.cpu.model import Batch, Llama
-from altiplano.engine.errors import AdapterError
 from altiplano.engine.masks import forbid
 from altiplano.engine.plan import Chunk, StepPlan
 from altiplano.engine.prompt_scores import with_prompt
@@ -34,10 +34,7 @@ class CpuRunner:
         self.max_position_embeddings = model.max_position_embeddings
 
     def load_adapter(self, name: str, directory: Path) -> None:
-        if name not in self._adapters and len(self._adapters) >= self._config.max_loras:
-            raise AdapterError(
-                f"{len(self._adapters)} adapters are loaded, and max_loras is {self._config.max_loras}: unload one or raise it"
-            )
+        check_room(name, self._adapters, self._config.max_loras)
         self._adapters[name] = load_adapter(
             name, directory, self._config.model, self._model_config, self._config.max_lora_rank, self._dtype, self._config.device
         )

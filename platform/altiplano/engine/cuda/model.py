@@ -130,25 +130,27 @@ class CudaLlama:
     def tilings_of(self, rows: int) -> Tilings:
         """Of those products of a step that are ours; the others are the library's."""
         if rows not in self.tilings:
-            layer = self.weights.layers[0]
-            # Weights that are unpacked in the step cannot be asked for before the kernel that unpacks them has ended.
-            tiled = isinstance(layer, Layer) and self._tiles
-            found = {name: tile.choose(rows, getattr(layer, name), kind) for name, kind in KINDS.items()} if tiled else {}
+            found = {name: tile.choose(rows, *weight) for name, weight in self._tiled_weights().items()}
             self.tilings[rows] = {name: tiling for name, tiling in found.items() if tiling is not None}
         return self.tilings[rows]
 
     def compile_ahead(self, most_rows: int) -> None:
         """Compile the kernels of steps of up to `most_rows` rows beside whatever goes on, so that no step has to wait for them."""
-        layer = self.weights.layers[0]
-        weights = [(self.weights.head, tile.DRAW)]
-        if isinstance(layer, Layer):
-            weights += [(getattr(layer, name), kind) for name, kind in KINDS.items()]
         if self._tiles:
+            weights = [(self.weights.head, tile.DRAW), *self._tiled_weights().values()]
             # No daemon, which would compile on while the libraries that it uses are taken down.
             arguments = weights, most_rows, threading.main_thread().is_alive
             threading.Thread(target=tile.compile_chosen, args=arguments, name="compile").start()
 
-    def draw(self, rows: torch.Tensor, hidden: torch.Tensor, pdl: bool = True) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _tiled_weights(self) -> dict[str, tuple[torch.Tensor, int]]:
+        """Weights of a layer that our products can take, by name, each with what becomes of its sums."""
+        layer = self.weights.layers[0]
+        # Weights that are unpacked in the step cannot be asked for before the kernel that unpacks them has ended.
+        if not (self._tiles and isinstance(layer, Layer)):
+            return {}
+        return {name: (getattr(layer, name), kind) for name, kind in KINDS.items()}
+
+    def draw(self, rows: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Candidates of the plain draw, float32 and int32 [rows, candidates], without logits; None: the head is for the library.
 
         rows: as for `decode_hidden`, whose result `hidden` is. Capturable.
@@ -157,7 +159,7 @@ class CudaLlama:
         tiling = tile.choose(len(rows), head, tile.DRAW) if self._tiles else None
         if tiling is None:
             return None
-        return tile.linear_draw(hidden, head, tiling, rows, slots.temperatures, slots.seeds, slots.steps, pdl)
+        return tile.linear_draw(hidden, head, tiling, rows, slots.temperatures, slots.seeds, slots.steps)
 
     def head(self, hidden: torch.Tensor, kind: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """Logits [rows, vocab] of last hidden states [rows, hidden]; float32 ones are not rounded on the way."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from altiplano.engine.adapters import load_adapter
+from altiplano.engine.checks import check_room
 from altiplano.engine.config import EngineConfig, read_config
 from altiplano.engine.cuda import drawing
 from altiplano.engine.cuda.adapter_pool import AdapterPool, Update
@@ -17,7 +18,7 @@ from altiplano.engine.cuda.loading import load_model
 from altiplano.engine.cuda.sleep import Asleep
 from altiplano.engine.cuda.slots import SlotTable
 from altiplano.engine.drafting import check_vocabulary
-from altiplano.engine.errors import AdapterError, EngineError
+from altiplano.engine.errors import EngineError
 from altiplano.engine.plan import Chunk, StepPlan
 from altiplano.engine.prompt_scores import with_prompt
 from altiplano.engine.runner import Drawn
@@ -114,10 +115,7 @@ class CudaRunner:
         self.max_position_embeddings = model.max_position_embeddings
 
     def load_adapter(self, name: str, directory: Path) -> None:
-        if name not in self._adapters and len(self._adapters) >= self._config.max_loras:
-            raise AdapterError(
-                f"{len(self._adapters)} adapters are loaded, and max_loras is {self._config.max_loras}: unload one or raise it"
-            )
+        check_room(name, self._adapters, self._config.max_loras)
         adapter = load_adapter(
             name, directory, self._config.model, self._model_config, self._config.max_lora_rank, torch.bfloat16, self._device
         )

@@ -12,9 +12,18 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from altiplano.engine.checks import check_length, check_loaded, check_prompt, check_unused, check_vocabulary
+from altiplano.engine.checks import (
+    check_awake,
+    check_idle,
+    check_length,
+    check_loaded,
+    check_prompt,
+    check_room,
+    check_unused,
+    check_vocabulary,
+)
 from altiplano.engine.config import EngineConfig, read_config
-from altiplano.engine.errors import AdapterError, EngineAsleepError, EngineError
+from altiplano.engine.errors import AdapterError, EngineError
 from altiplano.engine.outputs import EngineStats, TokenOutput
 from altiplano.engine.params import SamplingParams
 from altiplano.engine.steps import StepLog
@@ -167,9 +176,7 @@ class VllmEngine:
         """
         self._check_awake()
         self._check_unused(name)
-        most = self.config.max_loras
-        if name not in self._adapters and len(self._adapters) >= most:
-            raise AdapterError(f"{len(self._adapters)} adapters are loaded, and max_loras is {most}: unload one or raise it")
+        check_room(name, self._adapters, self.config.max_loras)
         check_fits(name, directory, self.config, self._model)
         # Its name is new too: vLLM tells cached prefixes apart by the names of adapters, so those of a predecessor are not hit.
         number = next(self._numbers)
@@ -219,8 +226,7 @@ class VllmEngine:
         self.check_sleep(level)
         if self._asleep:
             return
-        if self.has_unfinished():
-            raise EngineError(f"{len(self._requests)} requests are under way: wait for them, or abort them, before it sleeps")
+        check_idle(self.has_unfinished(), len(self._requests))
         self._engine.step()  # vLLM runs a step ahead: the one after the last answer is still under way
         self._engine.sleep(level)
         self._asleep = True
@@ -265,8 +271,7 @@ class VllmEngine:
         )
 
     def _check_awake(self) -> None:
-        if self._asleep:
-            raise EngineAsleepError("the engine sleeps: wake it up first")
+        check_awake(self._asleep)
 
     def _check_unused(self, adapter: str) -> None:
         check_unused(adapter, (request.adapter for request in self._requests.values()))
