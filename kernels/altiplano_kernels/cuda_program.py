@@ -4,14 +4,16 @@ A built kernel is kept in ~/.cache/altiplano/kernels (0700) under the hash of it
 pickle. Launches can be programmatic dependents (the kernel starts while the one before it ends) and can be captured in graphs.
 """
 
+import contextlib
 import ctypes
 import functools
 import glob
 import hashlib
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -90,7 +92,7 @@ def build(source: Path, name: str, options: tuple[tuple[str, int], ...], device:
 
 def compile_source(source: Path, macros: Mapping[str, int], architecture: str) -> bytes:
     """Machine code for `architecture`; needs no GPU. Raises KernelBuildError."""
-    nvrtc, text = _nvrtc(), source.read_bytes()
+    nvrtc, text = _nvrtc(), _whole(source)
     version = (ctypes.c_int(), ctypes.c_int())
     nvrtc.nvrtcVersion(ctypes.byref(version[0]), ctypes.byref(version[1]))
     options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{key}={value}" for key, value in macros.items())]
@@ -101,6 +103,25 @@ def compile_source(source: Path, macros: Mapping[str, int], architecture: str) -
     cubin = _compile(nvrtc, text, source.name, [option.encode() for option in options])
     _keep(kept, cubin)
     return cubin
+
+
+def compile_ahead(jobs: Iterable[Callable[[], object]], go_on: Callable[[], bool]) -> None:
+    """Compile one after another; `go_on` is asked before each. What does not compile is left to the launch that needs it, whose error somebody
+    hears."""
+    with contextlib.suppress(KernelBuildError):
+        for job in jobs:
+            if go_on():
+                job()
+
+
+def _whole(source: Path) -> bytes:
+    """The text of a file with the files that it includes, which are named from its folder, in their places."""
+    return re.sub(
+        rb'^#include "(.+)"$',
+        lambda line: (source.parent / line[1].decode()).read_bytes(),
+        source.read_bytes(),
+        flags=re.MULTILINE,
+    )
 
 
 def _compile(nvrtc: ctypes.CDLL, text: bytes, name: str, options: list[bytes]) -> bytes:

@@ -11,6 +11,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 from altiplano.engine import Engine, EngineConfig, SamplingParams  # noqa: E402
 from altiplano_kernels.multi_lora.kernel import DECODE, add_adapters, list_tiles, most_tiles  # noqa: E402
 
+from .captured import captured  # noqa: E402
+
 KINDS = ("lora", "rslora", "dora")
 
 
@@ -161,17 +163,13 @@ def test_captured_updates_that_start_early_follow_the_list_and_the_rows(rows: in
         add_adapters(out, x, down, up, gain, bounds, tiles, DECODE, pdl)
         return out
 
-    step(True)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(True)
+    graph, result = captured(lambda: step(True))
     for replay in range(5):
         owners = [(3 * row + replay) % (adapters + 1) for row in range(rows)]
         tiles.copy_(torch.tensor(list_tiles(owners, ranks, DECODE, count), dtype=torch.int32))
         x.normal_()
         graph.replay()
-        found = captured.clone()
+        found = result.clone()
         assert found.equal(step(False))
         untouched = torch.tensor(owners, device="cuda") == 0
         assert found[untouched].equal(given[untouched])

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from altiplano_kernels.embed_norm.kernel import add_norm, embed_rows
 from altiplano_kernels.kv_write.kernel import rope_and_write
 from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, choose_splits, decode
-from altiplano_kernels.prefill_attention.kernel import list_tiles, prefill
+from altiplano_kernels.prefill_attention.kernel import list_tiles, prefill_triton
 from altiplano_kernels.rms_norm.reference import rms_norm
 from altiplano_kernels.rope.reference import cos_sin as tables_of
 from altiplano_kernels.rope.reference import inverse_frequencies
@@ -134,7 +134,7 @@ def test_prefill_attention_of_chunks_with_offsets(shape: tuple[int, int, int], k
         first += n - start
     tiles = torch.tensor(list_tiles(chunks, 64 if GPU else 32), dtype=torch.int32, device=DEVICE)
     out = torch.full((first, shape[0] * shape[2]), float("nan"), dtype=torch.bfloat16, device=DEVICE)
-    prefill(query, paged.cache, paged.scales, paged.tables, tiles, out, shape[0], rows=64 if GPU else 32)
+    prefill_triton(query, paged.cache, paged.scales, paged.tables, tiles, out, shape[0], rows=64 if GPU else 32)
     for (begin, count, start, slot), n in zip(chunks, lengths, strict=True):
         assert error(out[begin : begin + count], paged.dense(slot, start)) < bound(kind), (start, n)
 

@@ -11,9 +11,8 @@ pytestmark = [
 ]
 
 from altiplano_kernels.cluster_attention.kernel import Shape, choose_shape, decode_clusters, fits  # noqa: E402
-from altiplano_kernels.paged_attention import reference  # noqa: E402
 
-from ..kernels.paged import KINDS, Pages, Sizes, random_lengths  # noqa: E402
+from ..kernels.paged import KINDS, LastRows, Pages, Sizes, random_lengths  # noqa: E402
 
 BOUND = {
     torch.bfloat16: 8e-3,
@@ -27,19 +26,12 @@ def random_sizes(dice: random.Random) -> Sizes:
 
 
 def check(pages: Pages, slots: list[int], shape: Shape | None, pdl: bool = False) -> None:
-    sizes, count = pages.sizes, len(slots)
-    width, lengths = sizes.heads * sizes.dim, [pages.lengths[slot] for slot in slots]
-    # Rows are a part of something wider, as in a buffer of queries, keys and values.
-    query, out = (torch.full((count, width + 64), float("nan"), dtype=torch.bfloat16, device="cuda")[:, :width] for _ in range(2))
-    query.copy_(torch.randn(count, width))
-    at, rows = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([n - 1 for n in lengths], slots))
-    decode_clusters(query, pages.cache, pages.scales, pages.tables, rows, at, out, sizes.heads, shape, pdl)
-    asked, seen = query.double().reshape(count, sizes.heads, sizes.dim), torch.tensor(lengths, device="cuda")
-    wanted = reference.decode(asked, pages.clean.cuda(), pages.tables.long()[slots], seen).flatten(1)
-    found = out.double()
-    assert bool(found.isfinite().all()), "poison was read"
-    errors = (found - wanted).norm(dim=1) / wanted.norm(dim=1)
-    assert float(errors.max()) < BOUND[pages.cache.dtype], (sizes, shape, lengths[int(errors.argmax())])
+    last, heads = LastRows(pages, slots), pages.sizes.heads
+    last.ask()
+    decode_clusters(last.query, pages.cache, pages.scales, pages.tables, last.rows, last.positions, last.out, heads, shape, pdl)
+    errors = last.errors()
+    worst = slots[int(errors.argmax())]
+    assert float(errors.max()) < BOUND[pages.cache.dtype], (pages.sizes, shape, pages.lengths[worst])
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -13,7 +13,10 @@ from altiplano.engine import EngineConfig, SamplingParams  # noqa: E402
 from altiplano.engine.cuda.overlap import OverlappedEngine  # noqa: E402
 from altiplano.engine.cuda.runner import CudaRunner  # noqa: E402
 from altiplano_kernels.steady_linear import kernel as steady  # noqa: E402
+from altiplano_kernels.tile_linear import reference  # noqa: E402
 
+from ..kernels.paged import KINDS, Sizes  # noqa: E402
+from ..kernels.test_steady_attention import Sequences  # noqa: E402
 from .test_runner import prompts, random_checkpoint  # noqa: E402
 
 
@@ -37,17 +40,68 @@ def make(where: Path, kind: str = "bf16", quantization: str = "none", guesses: i
     return OverlappedEngine(config, CudaRunner(config, kind, quantization=quantization))
 
 
-@pytest.mark.parametrize("k", [512, 2048])
-def test_a_row_of_a_product_is_the_same_in_any_number_of_rows(k: int) -> None:
-    x, w = torch.randn(300, k, device="cuda").bfloat16(), torch.randn(1000, k, device="cuda").bfloat16()
-    whole = steady.linear(x, w)
+WIDTHS = {
+    "qkv": (3072, 2048),
+    "o": (2048, 2048),
+    "down": (2048, 8192),
+    "head": (4096, 3072),
+    "few": (256, 512),
+    "odd": (1000, 512),
+}
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_a_row_of_a_product_is_the_same_in_any_number_of_rows(name: str) -> None:
+    """Of tiles, whole and in parts; and in Triton, where w does not divide into tiles."""
+    n, k = WIDTHS[name]
+    torch.manual_seed(k)
+    x, w = torch.randn(700, k, device="cuda").bfloat16(), (torch.randn(n, k, device="cuda") * k**-0.5).bfloat16()
     wanted = x.double() @ w.double().T
-    assert float((whole.double() - wanted).norm() / wanted.norm()) < 3e-3
-    for rows in (1, 2, 15, 16, 17, 64, 65, 128):
-        first = random.Random(rows).randrange(300 - rows + 1)
-        assert torch.equal(steady.linear(x[first : first + rows], w), whole[first : first + rows])
-    exact = steady.linear(x, w, torch.float32)
-    assert float((exact.double() - wanted).norm() / wanted.norm()) < 1e-5
+    products = {
+        "bf16": lambda rows: steady.linear(rows, w),
+        "float32": lambda rows: steady.linear(rows, w, torch.float32),
+        "parts": lambda rows: steady.add(steady.linear_parts(rows, w)),
+    }
+    for kind, product in products.items():
+        whole = product(x)
+        assert float((whole.double() - wanted).norm() / wanted.norm()) < (1e-5 if kind == "float32" else 3e-3)
+        for rows in (1, 2, 15, 16, 17, 64, 65, 128, 129, 256, 257, 512):
+            first = random.Random(rows).randrange(700 - rows + 1)
+            assert torch.equal(product(x[first : first + rows]), whole[first : first + rows]), (kind, rows)
+
+
+@pytest.mark.parametrize(("n", "k"), [(8192, 2048), (1024, 512), (96, 512)])
+def test_rows_without_an_adapter_are_those_of_a_step_without_adapters(n: int, k: int) -> None:
+    """The activation is in the product's epilogue, or behind sums that adapters add to: to the bit the same, for all kinds of gates."""
+    torch.manual_seed(n)
+    gate_up = (torch.randn(2 * n, k, device="cuda") * k**-0.5).bfloat16()
+    for rows, spread in ((1, 1.0), (64, 30.0), (65, 1e-3), (300, 100.0), (1500, 1.0)):
+        x = (torch.randn(rows, k, device="cuda") * spread).bfloat16()
+        found, wanted = steady.swiglu_linear(x, gate_up), reference.swiglu_linear(x, gate_up)
+        assert float((found.double() - wanted).norm() / wanted.norm()) < 6e-3
+        assert torch.equal(steady.activate(steady.swiglu_sums(x, gate_up)), found), rows
+        assert torch.equal(steady.swiglu_linear(x[-1:], gate_up), found[-1:])
+
+
+@pytest.mark.parametrize("sizes", [Sizes(8, 4, 64, 32), Sizes(8, 3, 128, 32), Sizes(1, 20, 64, 16)], ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_token_sees_the_same_in_any_chunk_and_in_any_step(kind: torch.dtype, sizes: Sizes) -> None:
+    """In programs of one head and of a group, of 64 queries and of 16, that share a row or not."""
+    given = Sequences(kind, 3, sizes)
+    whole = given.chunks([(slot, 0, count) for slot, count in enumerate(given.lengths)])
+    assert max(given.error(found, slot) for slot, found in enumerate(whole)) < 8e-3
+    longest, work = len(whole) - 1, given.workspace()
+    for cuts in ((1, 200, 300), (64, 128, 256, 512), (255, 256, 257, 524)):
+        ends = (*cuts, given.lengths[longest])
+        parts = given.chunks([(longest, start, end - start) for start, end in zip((0, *cuts), ends, strict=True)])
+        assert torch.equal(torch.cat(parts), whole[longest]), cuts
+    shared = set()
+    for rows in (1, 3, 16, 17, 64, 150):
+        slots = [(longest + i) % len(whole) for i in range(rows)]
+        shared.add(work.workers(rows * sizes.kv_heads) > 1)
+        for _ in range(2):
+            assert torch.equal(given.decode(slots, work), torch.stack([whole[slot][-1] for slot in slots])), rows
+    assert shared == {False, True}
 
 
 NEEDLES = (
@@ -91,3 +145,14 @@ def test_a_cached_prefix_a_preemption_and_guesses_change_no_bit(checkpoint: Path
     assert tight.stats().preemptions > 0
     guessing = make(checkpoint, guesses=3)
     assert [guessing.generate([prompt], params)[0].token_ids for prompt in asked] == wanted
+
+
+def test_the_length_of_chunks_changes_no_bit(checkpoint: Path) -> None:
+    """Prompts of several parts of keys, in chunks of 48 to 2 000 tokens, and so with other numbers of rows in each product."""
+    asked = prompts(5, 500, 900)
+    params = SamplingParams(max_tokens=20, temperature=0.0, logprobs=3, ignore_eos=True)
+    found = []
+    for budget in (48, 257, 2000):
+        engine = make(checkpoint, max_num_batched_tokens=budget)
+        found.append([(answer.token_ids, answer.logprobs) for answer in engine.generate(asked, params)])
+    assert found[0] == found[1] == found[2]

@@ -73,6 +73,26 @@ def test_a_block_that_takes_many_tiles() -> None:
         assert error(out, reference.linear(x, w)) < 3e-3
 
 
+@pytest.mark.parametrize("blocks", [1, 3, 10, 400])
+def test_tiles_taken_in_turns_are_those_of_equal_shares(blocks: int) -> None:
+    """Launch after launch, each a dependent of the one before, with one counter that nobody resets."""
+    torch.manual_seed(blocks)
+    turn = torch.zeros(1, dtype=torch.int32, device="cuda")
+    x, gamma, w = bf16(5, 2048), 1 + bf16(2048, spread=0.1), bf16(16 * 401, 2048, spread=0.05)
+    shares_of, plan = few.Plan(8, 2, blocks), few.Plan(8, 2, blocks, turns=True)
+    shares, turns = (torch.full((5, len(w)), float("nan"), device="cuda") for _ in range(2))
+    few.norm_logits(x, w, gamma, EPS, shares, shares_of)
+    halves = len(w) // 2
+    wide_shares, wide_turns = (torch.full((5, halves), float("nan"), dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    few.norm_swiglu(x, w, gamma, EPS, wide_shares, shares_of)
+    for _ in range(20):
+        turns.fill_(float("nan"))
+        few.norm_logits(x, w, gamma, EPS, turns, plan, turn)
+        few.norm_swiglu(x, w, gamma, EPS, wide_turns, plan, turn)
+        assert torch.equal(turns, shares) and torch.equal(wide_turns, wide_shares)
+    assert int(turn) == 0
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("k", [512, 2048, 3072, 8192])
 @pytest.mark.parametrize("rows", [1, 8, 16])
@@ -253,5 +273,11 @@ def test_draws_from_hidden_states(rows: int) -> None:
     drawn = tokens[at].long()
     # Sums in another order may swap near-equals, never more.
     assert float((scores.max(-1).values - scores.gather(1, drawn[:, None])[:, 0]).max()) < 0.05
+    written = torch.full((rows, vocab), float("nan"), device="cuda")
+    few.norm_logits(x, head, gamma, EPS, written)
+    assert error(written, logits) < 5e-3
+    assert torch.equal(written.argmax(-1)[heat[:, 0] == 0], drawn[heat[:, 0] == 0]), "the same sums, to the bit"
+    scores += (written - logits) / torch.where(heat > 0, heat, 1.0)
+    assert float((scores.max(-1).values - scores.gather(1, drawn[:, None])[:, 0]).max()) < 1e-4
     assert torch.equal(ring[at, before[at].long() % RING].long(), drawn)
     assert torch.equal(steps - before, positions) and int(positions.sum()) == rows

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from altiplano_kernels.embed_norm.kernel import add_norm_parts
+from altiplano_kernels.hopper import processors_of
 from altiplano_kernels.sampling.kernel import DrawWorkspace, draw
 from altiplano_kernels.swiglu.kernel import swiglu
 from altiplano_kernels.tile_linear import kernel as tile
@@ -162,8 +163,7 @@ def test_tokens_are_those_of_a_draw_from_logits(tiling: Tiling, guarded: Guarded
         rows, n, k = sizes(tiling, dice)
         slots, x, w = Slots(rows, dice), poisoned(rows, k), poisoned(n, k, spread=k**-0.5)
         values, ids = tile.linear_draw(x, w, tiling, *slots.settings)
-        assert values.shape == ids.shape == (rows, n // tiling.columns)
-        assert torch.equal(ids // tiling.columns, torch.arange(n // tiling.columns, device="cuda").expand_as(ids))
+        assert values.shape == ids.shape == (rows, tile.draw_blocks(rows, n, tiling, processors_of(x.device)))
         found, logits = best(values, ids), tile.linear_parts(x, w, tiling)[0]
         wanted, at = plain_draw(logits, slots), slots.rows.long()
         cold = slots.temperatures[at] == 0
@@ -172,17 +172,40 @@ def test_tokens_are_those_of_a_draw_from_logits(tiling: Tiling, guarded: Guarded
         # Noise and sums differ in their last digits, so two tokens that are as near as those may change places.
         lost = scores.amax(1) - scores.gather(1, found[:, None])[:, 0]
         assert float(lost.max()) < 1e-3 and int((found != wanted).sum()) <= 1
-        assert float((values.amax(1) - scores.amax(1)).abs().max()) < 1e-3
+        assert float((values - scores.gather(1, ids.long())).abs().max()) < 1e-3
+        assert bool((ids.sort(1).values.diff(dim=1) > 0).all()), "each block has columns of its own"
+
+
+@pytest.mark.parametrize("tiling", [tiling for kind, tiling in TILINGS if kind == DRAW], ids=str)
+def test_blocks_that_draw_take_turns_until_no_column_is_left(tiling: Tiling, guarded: Guarded) -> None:
+    """Whose last turn may be narrow: in each row, cold or hot, another column is far above the others."""
+    torch.manual_seed(3)
+    rows, k = 67, 2 * tiling.depth
+    room = tile.draw_blocks(rows, 1 << 30, tiling, processors_of(torch.device("cuda")))
+    for extra in (1, room // 2, int(room * 0.6), room - 1, room):  # tiles of the last turn
+        n = (2 * room + extra) * tiling.columns
+        slots, x, w = Slots(rows, random.Random(extra)), poisoned(rows, k), poisoned(n, k, spread=0.01)
+        edges = {0, n // 2, 2 * room * tiling.columns - 1, 2 * room * tiling.columns, n - 1, *range(n - 40 * 41, n, 41)}
+        wins = torch.tensor([*edges, *random.Random(extra).sample(sorted({*range(n)} - edges), rows - len(edges))], device="cuda")
+        w[wins] = x
+        assert torch.equal(best(*tile.linear_draw(x, w, tiling, *slots.settings)), wins), (extra, n)
 
 
 @pytest.mark.parametrize("tiling", [tiling for kind, tiling in TILINGS if kind == DRAW], ids=str)
 def test_of_equal_tokens_the_lowest_is_drawn(tiling: Tiling) -> None:
-    """In one lane, in two lanes of a row, and in two blocks."""
+    """In one lane, in two lanes of a row, in two blocks, and in two tiles of a block."""
     torch.manual_seed(1)
-    n, k = 4 * tiling.columns, 2 * tiling.depth
-    slots, x, w = Slots(4, random.Random(1)), poisoned(4, k), poisoned(n, k, spread=0.01)
+    k, turn = 2 * tiling.depth, tile.draw_blocks(5, 1 << 30, tiling, processors_of(torch.device("cuda"))) * tiling.columns
+    n = 2 * turn
+    slots, x, w = Slots(5, random.Random(1)), poisoned(5, k), poisoned(n, k, spread=0.01)
     slots.temperatures.zero_()
-    equals = [(8, 9), (tiling.columns + 3, tiling.columns + 12), (5, n - 1), (tiling.columns - 1, tiling.columns)]
+    equals = [
+        (8, 9),
+        (tiling.columns + 3, tiling.columns + 12),
+        (5, n - 1),
+        (tiling.columns - 1, tiling.columns),
+        (20, turn + 20),
+    ]
     for row, places in enumerate(equals):
         w[list(places)] = x[row]
     values, ids = tile.linear_draw(x, w, tiling, *slots.settings)
@@ -191,30 +214,38 @@ def test_of_equal_tokens_the_lowest_is_drawn(tiling: Tiling) -> None:
 
 @pytest.mark.parametrize("rows", [17, 64, 130])
 def test_in_a_graph_each_kernel_waits_for_what_it_reads(rows: int) -> None:
-    """A kernel that reads before the one before has written would show here: each replay has rows of its own."""
+    """A kernel that reads before the one before has written would show here: each replay has rows of its own.
+
+    Nothing lies between the kernels of a layer, as in a step: what comes after one of ours starts while it still runs.
+    """
     torch.manual_seed(rows)
-    hidden, wide = 2048, 8192
-    down, gate_up = (torch.randn(*shape, device="cuda").bfloat16() * 0.02 for shape in ((hidden, wide), (2 * wide, hidden)))
+    hidden, wide, heads = 2048, 8192, 3072
+    shapes = ((hidden, wide), (2 * wide, hidden), (heads, hidden))
+    down, gate_up, qkv = (torch.randn(*shape, device="cuda").bfloat16() * 0.02 for shape in shapes)
     weight, given = torch.ones(hidden, dtype=torch.bfloat16, device="cuda"), poisoned(rows, 2 * wide)
     residual, normed = (torch.zeros(rows, hidden, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    of_parts, of_gates = tile.choose(rows, down, PARTS), tile.choose(rows, gate_up, GATED)
-    assert of_parts is not None and of_gates is not None
-    x = torch.empty(rows, wide, dtype=torch.bfloat16, device="cuda")
+    of_parts, of_gates, of_whole = (tile.choose(rows, *w) for w in ((down, PARTS), (gate_up, GATED), (qkv, WHOLE)))
+    assert of_parts is not None and of_gates is not None and of_whole is not None
 
-    def layer(early: bool) -> torch.Tensor:
+    def layers(early: bool) -> list[torch.Tensor]:
         residual.zero_()
+        x = torch.empty(rows, wide, dtype=torch.bfloat16, device="cuda")
         swiglu(given, x, pdl=early)
-        for _ in range(2):
+        found = [x]
+        for _ in range(3):
             add_norm_parts(tile.linear_parts(x, down, of_parts, early), residual, weight, normed, 1e-5, pdl=early)
-            x.copy_(tile.swiglu_linear(normed, gate_up, of_gates, early))
-        return x.clone()
+            found.append(tile.linear(normed, qkv, of_whole, early))
+            x = tile.swiglu_linear(normed, gate_up, of_gates, early)
+            found.append(x)
+        return found
 
-    layer(True)
+    layers(True)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = layer(True)
+        found = layers(True)
     for _ in range(5):
         given.copy_(torch.randn(rows, 2 * wide, device="cuda"))
         graph.replay()
-        assert torch.equal(found, layer(False))
+        for one, wanted in zip(found, layers(False), strict=True):
+            assert torch.equal(one, wanted)

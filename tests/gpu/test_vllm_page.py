@@ -5,12 +5,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from . import vllm_engine
+from .vllm_checks import CHECKS
 
 ROOT = Path(__file__).parents[2]
 SEEN = json.loads((ROOT / "tests/gpu/vllm_engine.json").read_text())
 PAGE = (ROOT / "docs/vllm.md").read_text()
-NAMES = [check.__name__ for check in vllm_engine.CHECKS]
+NAMES = [check.__name__ for check in CHECKS]
 
 
 def name_of(run: dict[str, Any]) -> str:

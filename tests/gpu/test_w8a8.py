@@ -14,6 +14,8 @@ from altiplano.engine.cuda.runner import CudaRunner  # noqa: E402
 from altiplano.models.cria import cria_path  # noqa: E402
 from altiplano_kernels.w8a8 import kernel, reference  # noqa: E402
 
+from .captured import captured  # noqa: E402
+
 KINDS = ["w8a8-int8", "w8a8-fp8"]
 MODEL = Path(cria_path())
 
@@ -67,15 +69,11 @@ def test_a_captured_layer_whose_kernels_start_early_is_the_same_to_the_bit(kind:
         return kernel.add_norm(x, residual, norm, 1e-5, kind, pdl)
 
     mixed.normal_(), residual.normal_()
-    layer(True)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = layer(True)
+    graph, result = captured(lambda: layer(True))
     for _ in range(5):
         before, _ = residual.normal_().clone(), mixed.normal_()
         graph.replay()
-        found, left = [part.clone() for part in captured], residual.clone()
+        found, left = [part.clone() for part in result], residual.clone()
         residual.copy_(before)
         wanted = layer(False)
         assert found[0].view(torch.int8).equal(wanted.values.view(torch.int8)) and found[1].equal(wanted.scales)

@@ -16,6 +16,7 @@ from altiplano_kernels.multi_lora import kernel as lora
 from altiplano_kernels.paged_attention import kernel as paged
 from altiplano_kernels.prefill_attention import kernel as chunks
 from altiplano_kernels.sampling import kernel as sampling
+from altiplano_kernels.steady_attention import kernel as invariant
 from altiplano_kernels.steady_linear import kernel as steady
 from altiplano_kernels.swiglu import kernel as swiglu
 from altiplano_kernels.w8a8 import kernel as w8a8
@@ -118,6 +119,18 @@ CACHES = {"bf16": ("*bf16", "*bf16", 0.0), "fp8": ("*fp8e4nv", "*fp16", 448.0), 
 HEADS = {"1b": (32, 64), "3b": (24, 128)}  # and their dimension; 8 KV heads
 
 
+INVARIANT = (("1b", "bf16"), ("3b", "fp8"))
+
+
+def invariants(name: str, group: int, pages: str, common: Mapping[str, object]) -> None:
+    types = f"*bf16 *bf16 {pages} *i32 *i32 *i32 *i32 *fp32 *fp32 *i32 i32 i32 i32 i32 fp32"
+    sizes = {"TILE": invariant.TILE, "PART": invariant.PART, "STAGES": invariant.STAGES, "SUBTILES": 1, **common}
+    chunk = {"ROWS": invariant.ROWS, "HEADS": 1, "SHARED": False, "CHUNKS": True, "PDL": False, **sizes}
+    compile_kernel(f"steady-{name}", invariant._steady_attention_kernel, types, chunk, invariant.WARPS)
+    row = {"ROWS": invariant.FEW_ROWS, "HEADS": group, "SHARED": True, "CHUNKS": False, "PDL": True, **sizes}
+    compile_kernel(f"decode-steady-{name}", invariant._steady_attention_kernel, types, row, invariant.FEW_WARPS)
+
+
 def attention() -> None:
     for model, (heads, dim) in HEADS.items():
         for name, (cache, scales, code) in CACHES.items():
@@ -127,17 +140,19 @@ def attention() -> None:
                 constants = {"SPLITS": splits, "TILE": tile, "STAGES": stages, "ROWS": paged.GROUP_ROWS, "PDL": True, **common}
                 types = f"*bf16 *bf16 {cache} {scales} *i32 *i32 *i32 *fp32 *fp32 *i32 i32 i32 i32 fp32"
                 compile_kernel(f"decode-{model}-{name}-{splits}", paged._decode_kernel, types, constants, warps)
-            constants = {"ROWS": chunks.QUERY_TILE, "TILE": 64, "STAGES": 3, "STEADY": False, **common}
+            constants = {"ROWS": chunks.QUERY_TILE, "TILE": 64, "STAGES": 3, **common}
             types = f"*bf16 *bf16 {cache} {scales} *i32 *i32 i32 i32 i32 fp32"
             compile_kernel(f"prefill-{model}-{name}", chunks._prefill_kernel, types, constants, 4)
+            if (model, name) in INVARIANT:
+                invariants(f"{model}-{name}", heads // 8, f"{cache} {scales}", common)
             constants = {"HEADS": heads, "HEADS_PAD": 32, "KV_PAD": 8, "CODE": code, "PDL": True, **sizes}
             types = f"*bf16 *i32 *i32 *i32 *fp32 {cache} {scales} i32 i32"
             compile_kernel(f"write-{model}-{name}", write._rope_kv_kernel, types, constants, 4)
 
 
 def rows() -> None:
-    for hidden, pad in ((2048, 2048), (3072, 4096)):
-        sizes = {"HIDDEN": hidden, "PAD": pad, "PDL": True}
+    for hidden, pad, pdl in ((2048, 2048, 2), (3072, 4096, 1)):  # the next kernel starts before the wait, and after it
+        sizes = {"HIDDEN": hidden, "PAD": pad, "PDL": pdl}
         types = "*i32 *i32 *i32 *bf16 *bf16 *bf16 *bf16 *i32 fp32"
         compile_kernel(f"embed-{hidden}", norms._embed_kernel, types, sizes, 8)
         compile_kernel(f"add-{hidden}", norms._add_kernel, "*bf16 *bf16 *bf16 *bf16 fp32", sizes, 8)

@@ -25,7 +25,7 @@ from triton.runtime.interpreter import tl as triton_language
 from .events import Event
 
 KERNELS = (
-    "sampling", "filtered_sampling", "guessing", "embed_norm", "kv_write", "steady_linear", "paged_attention",
+    "sampling", "filtered_sampling", "guessing", "embed_norm", "kv_write", "steady_linear", "steady_attention", "paged_attention",
     "prefill_attention", "swiglu", "multi_lora", "w8a8",
 )  # fmt: skip
 
@@ -94,6 +94,12 @@ def cuda_interpreted() -> Iterator[None]:
             "graph_pool_handle": lambda: None,
         }.items():  # fmt: skip
             patch.setattr(torch.cuda, name, value)
+        multiply = torch.mm
+
+        def mm(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+            return multiply(a, b) if out_dtype is None else multiply(a.to(out_dtype), b.to(out_dtype))
+
+        patch.setattr(torch, "mm", mm)  # a CPU has none of another type
         patch.setattr(torch.Tensor, "pin_memory", lambda self: self)
         patch.setattr(graphs.DecodeGraphs, "ensure", lambda self, bucket, kind=graphs.PLAIN: None)
         patch.setattr(graphs.DecodeGraphs, "replay", replay)

@@ -5,7 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
+from altiplano_kernels.paged_attention import reference
+
 KINDS = [torch.bfloat16, torch.int8, torch.float8_e4m3fn]
+# Of queries, for the interpreter has no product of bf16; and how far an answer may be from float64.
+QUERY, BOUND = (torch.bfloat16, 8e-3) if torch.cuda.is_available() else (torch.float32, 3e-3)
 
 
 @dataclass(frozen=True)
@@ -73,3 +77,47 @@ class Pages:
             self.scales[block, :, :, :count] = scale.to(device)
         self.cache[block, :, :, :count] = values.to(device)
         self.clean[block, :, :, :count] = exact
+
+    def error(self, query: torch.Tensor, found: torch.Tensor, slot: int, start: int) -> float:
+        """How far what is `found` for the tokens of a sequence from `start` on is from float64, relative to it. query, found: [tokens, heads * dim]."""
+        found = found.double().cpu()
+        assert bool(found.isfinite().all()), ("poison was read", slot, start)
+        asked = query.cpu().double().reshape(-1, self.sizes.heads, self.sizes.dim)
+        wanted = reference.prefill(asked, self.clean, self.tables.cpu().long()[slot], start).flatten(1)
+        return float((found - wanted).norm() / wanted.norm())
+
+
+class LastRows:
+    """What decode kernels take and leave: a row for the last token of the sequence in each of `slots`.
+
+    query, out: bf16 [rows, heads * dim], parts of something wider, as in a buffer of queries, keys and values; positions, rows: int32
+    [rows]. `kind`: of queries where they cannot be bf16.
+    """
+
+    def __init__(self, pages: Pages, slots: list[int], kind: torch.dtype = torch.bfloat16) -> None:
+        device, self._pages, self._slots = pages.tables.device, pages, slots
+        self._lengths = torch.tensor([pages.lengths[slot] for slot in slots], device=device)
+        self.query, self.out = (
+            wider(len(slots), pages.sizes.heads * pages.sizes.dim, dtype, device) for dtype in (kind, torch.bfloat16)
+        )
+        self.positions, self.rows = self._lengths.int() - 1, torch.tensor(slots, dtype=torch.int32, device=device)
+
+    def ask(self) -> None:
+        """Ask anew: other queries, and poison where the answer goes."""
+        self.query.copy_(torch.randn(self.query.shape).bfloat16())
+        self.out.fill_(float("nan"))
+
+    def errors(self) -> torch.Tensor:
+        """How far the answer of each row is from float64, relative to it: float64 [rows]."""
+        sizes = self._pages.sizes
+        asked, tables = self.query.double().reshape(-1, sizes.heads, sizes.dim), self._pages.tables.long()[self._slots]
+        wanted = reference.decode(asked, self._pages.clean.to(tables.device), tables, self._lengths).flatten(1)
+        found = self.out.double()
+        assert bool(found.isfinite().all()), "poison was read"
+        errors: torch.Tensor = (found - wanted).norm(dim=1) / wanted.norm(dim=1)
+        return errors
+
+
+def wider(rows: int, width: int, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    """Poisoned [rows, width] as a part of something wider."""
+    return torch.full((rows, width + 64), float("nan"), dtype=dtype, device=device)[:, :width]

@@ -11,32 +11,16 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
-from altiplano_kernels.paged_attention import reference  # noqa: E402
 from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, decode  # noqa: E402
-from altiplano_kernels.prefill_attention.kernel import list_tiles, prefill  # noqa: E402
+from altiplano_kernels.prefill_attention.kernel import list_tiles, prefill_triton  # noqa: E402
 
 from .interpreted import patch_rounding  # noqa: E402
-from .paged import KINDS, Pages, random_lengths, random_sizes  # noqa: E402
-
-# The interpreter has no product of bf16.
-QUERY = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-BOUND = 8e-3 if DEVICE == "cuda" else 3e-3
+from .paged import BOUND, KINDS, QUERY, LastRows, Pages, random_lengths, random_sizes, wider  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     patch_rounding(monkeypatch)
-
-
-def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    found = found.double().cpu()
-    assert bool(found.isfinite().all()), "poison was read"
-    return float((found - wanted).norm() / wanted.norm())
-
-
-def columns_of(rows: int, width: int, dtype: torch.dtype, spare: int) -> torch.Tensor:
-    """Poisoned [rows, width] as a part of something wider."""
-    return torch.full((rows, width + spare), float("nan"), dtype=dtype, device=DEVICE)[:, :width]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -48,18 +32,14 @@ def test_one_token_sees_all_before_it_and_nothing_else(kind: torch.dtype, seed: 
     # Rows are in any order, and not all slots have one; the first has something for each split.
     pages = Pages(sizes, [*random_lengths(dice, sizes.page, 4), 9 * sizes.page - 3], kind, dice, DEVICE)
     slots = [4, *dice.sample(range(4), 3)]
-    lengths, width = [pages.lengths[slot] for slot in slots], sizes.heads * sizes.dim
-    query, out = (columns_of(4, width, dtype, 8) for dtype in (QUERY, torch.bfloat16))
+    last = LastRows(pages, slots, QUERY)
     splits, tile = (1, 2, 3, 8)[seed % 4], dice.choice((16, 32, 64))
     work = DecodeWorkspace(4, sizes.kv_heads, sizes.dim, DEVICE, splits)
-    at, rows = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([n - 1 for n in lengths], slots))
+    given = pages.cache, pages.scales, pages.tables, last.rows, last.positions, last.out, work
     for _ in range(2):  # whoever comes last adds the parts up, the second time too
-        query.copy_(torch.randn(4, width).bfloat16())
-        out.fill_(float("nan"))
-        decode(query, pages.cache, pages.scales, pages.tables, rows, at, out, work, sizes.heads, splits, tile, 2, 4)
-        asked = query.cpu().double().reshape(4, sizes.heads, sizes.dim)
-        wanted = reference.decode(asked, pages.clean, pages.tables.cpu().long()[slots], torch.tensor(lengths))
-        assert error(out, wanted.flatten(1)) < BOUND, (sizes, lengths, splits, tile)
+        last.ask()
+        decode(last.query, *given, sizes.heads, splits, tile, 2, 4)
+        assert float(last.errors().max()) < BOUND, (sizes, pages.lengths, splits, tile)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -75,17 +55,14 @@ def test_chunks_see_what_was_cached_before_them_and_no_later_token(kind: torch.d
         chunks.append((first, pages.lengths[slot] - start, start, slot))
         first += pages.lengths[slot] - start
     width, rows, tile = sizes.heads * sizes.dim, dice.choice((16, 32)), dice.choice((16, 32))
-    query, out = (columns_of(first, width, dtype, 8) for dtype in (QUERY, torch.bfloat16))
+    query, out = (wider(first, width, dtype, DEVICE) for dtype in (QUERY, torch.bfloat16))
     query.copy_(torch.randn(first, width).bfloat16())
     tiles = torch.tensor(list_tiles(chunks, rows), dtype=torch.int32, device=DEVICE)
-    for steady in (False, True):
-        out.fill_(float("nan"))
-        prefill(query, pages.cache, pages.scales, pages.tables, tiles, out, sizes.heads, rows, tile, 2, 4, steady)
-        for begin, count, start, slot in chunks:
-            of = slice(begin, begin + count)
-            asked = query[of].cpu().double().reshape(count, sizes.heads, sizes.dim)
-            wanted = reference.prefill(asked, pages.clean, pages.tables.cpu().long()[slot], start)
-            assert error(out[of], wanted.flatten(1)) < BOUND, (sizes, start, count, rows, tile, steady)
+    out.fill_(float("nan"))
+    prefill_triton(query, pages.cache, pages.scales, pages.tables, tiles, out, sizes.heads, rows, tile, 2, 4)
+    for begin, count, start, slot in chunks:
+        of = slice(begin, begin + count)
+        assert pages.error(query[of], out[of], slot, start) < BOUND, (sizes, start, count, rows, tile)
 
 
 def test_tiles_hold_each_token_of_each_chunk_once_and_the_longest_first() -> None:

@@ -18,6 +18,7 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
+from altiplano_kernels import hopper  # noqa: E402
 from altiplano_kernels.cluster_attention import kernel as clusters  # noqa: E402
 from altiplano_kernels.few_rows import kernel as few  # noqa: E402
 from altiplano_kernels.tile_linear import kernel as tiles  # noqa: E402
@@ -98,7 +99,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     kernel = Recorded()
     for module in (few, clusters, tiles):
         monkeypatch.setattr(module, "build", kernel.build)
-    monkeypatch.setattr(tiles, "driver", lambda call, *arguments: None)  # which describes tensors to the GPU
+    monkeypatch.setattr(hopper, "driver", lambda call, *arguments: None)  # which describes tensors to the GPU
+    monkeypatch.setattr(tiles, "processors_of", lambda device: 132)
     return kernel
 
 

@@ -24,6 +24,16 @@ def test_a_step_of_the_1b_model_needs_about_what_it_computes() -> None:
     assert loading.step_bytes(config, LLAMA_1B) / 2**30 == pytest.approx(1.42, abs=0.1)
 
 
+def test_deterministic_steps_need_parts_of_attention_and_float32_sums_for_adapters() -> None:
+    settings = {"device": "cuda", "max_num_batched_tokens": 8192, "max_model_len": 131072, "num_blocks": 8192}
+    plain, without, both = (
+        loading.step_bytes(EngineConfig(Path("x"), deterministic=deterministic, max_loras=loras, **settings), LLAMA_1B)
+        for deterministic, loras in ((False, 8), (True, 0), (True, 8))
+    )
+    parts = 132 * (131072 // 256) * 4 * (64 + 2) * 4  # float32 of a head's sums, its largest score and its weight
+    assert without - plain == parts and both - without == 8192 * 8192 * 4
+
+
 @pytest.mark.parametrize("free", [0, 10 << 30])
 def test_too_little_memory_is_refused_with_what_would_free_it(free: int) -> None:
     config = EngineConfig(Path("x"), device="cuda", num_blocks=5000, max_num_batched_tokens=8192, max_num_seqs=256)

@@ -41,8 +41,17 @@ def pool(k: int, bounds: tuple[int, ...], tuned_norms: bool) -> tuple[torch.Tens
     return down, up, gain
 
 
-def check(owners: list[int], k: int, bounds: tuple[int, ...], shape: Shape, tuned_norms: bool, spare: int = 0) -> None:
-    x, out = bf16(len(owners), k), bf16(len(owners), bounds[-1] + 16)[:, : bounds[-1]]  # as a slice of something wider
+def check(
+    owners: list[int],
+    k: int,
+    bounds: tuple[int, ...],
+    shape: Shape,
+    tuned_norms: bool,
+    spare: int = 0,
+    kind: torch.dtype = torch.bfloat16,
+) -> None:
+    # As a slice of something wider.
+    x, out = bf16(len(owners), k), torch.randn(len(owners), bounds[-1] + 16).to(kind).to(DEVICE)[:, : bounds[-1]]
     weights = pool(k, bounds, tuned_norms)
     wanted, before = out.double(), out.clone()
     reference.add_adapters(wanted, x.double(), *(w.double() for w in weights), bounds, owners, RANKS)
@@ -68,6 +77,11 @@ def test_one_adapter_for_all_rows_and_none_for_any() -> None:
     torch.manual_seed(0)
     check([2] * 35, 128, (64,), DECODE, tuned_norms=False, spare=3)
     check([0] * 5, 128, (64,), DECODE, tuned_norms=True, spare=1)
+
+
+def test_float32_sums_take_adapters_too() -> None:
+    torch.manual_seed(4)
+    check([0, 3, 1, 0, 2, 4, 0], 128, (64, 96), PREFILL, tuned_norms=True, kind=torch.float32)
 
 
 @pytest.mark.parametrize("shape", [DECODE, PREFILL])

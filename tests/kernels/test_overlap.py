@@ -207,7 +207,7 @@ def says(prompt: Sequence[int], params: SamplingParams) -> tuple[list[int], str]
 
 
 def nothing_is_kept(engine: OverlappedEngine) -> bool:
-    return not any((engine._ahead, engine._slack, engine._known, engine._live))
+    return not any(vars(engine._ahead).values())
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -247,7 +247,7 @@ def test_whatever_is_mixed_every_answer_is_what_the_request_says_alone(seed: int
             if output.finish_reason is not None:
                 ends[output.request_id] = output.finish_reason
         if engine._flying is None:
-            live = [request for request in engine._scheduler.running if request in engine._live]
+            live = [request for request in engine._scheduler.running if request in engine._ahead.live]
             assert all(request.num_computed == len(request.tokens) - 1 for request in live), "what was supposed is corrected"
     for name, (tokens, reason) in wanted.items():
         if ends[name] == "abort":

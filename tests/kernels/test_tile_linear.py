@@ -1,10 +1,12 @@
 """Which tiling is chosen, and what the launch tells the kernel; that needs no GPU."""
 
 import ctypes
+from pathlib import Path
 
 import pytest
 import torch
 
+from altiplano_kernels import cuda_program
 from altiplano_kernels.cuda_program import KernelBuildError
 from altiplano_kernels.tile_linear import kernel as tile
 from altiplano_kernels.tile_linear.kernel import DRAW, GATED, LEAST_ROWS, PARTS, SIZES, WHOLE, Tiling
@@ -67,6 +69,14 @@ def test_a_ring_that_shared_memory_has_no_room_for_does_not_fit() -> None:
     assert not tile.fits(Tiling(1, 1, 128, 3, 4), 128, 512) and not tile.fits(Tiling(1, 1, 128, 1, 4), 192, 512)
 
 
+def test_a_draw_has_as_many_blocks_as_there_is_room_for() -> None:
+    """Each has a tile of columns at least; several blocks of rows share the room."""
+    two = Tiling(2, 1, 128, 1, 3, resident=2)
+    assert tile.draw_blocks(128, 128256, two, 132) == 264 and tile.draw_blocks(129, 128256, two, 132) == 132
+    assert tile.draw_blocks(128, 5 * 128, two, 132) == 5
+    assert tile.draw_blocks(1 << 20, 128256, two, 132) == 1
+
+
 def test_arguments_lie_where_the_kernel_reads_them() -> None:
     """Two descriptions of 128 bytes, which must be at multiples of 64; then pointers and numbers as in linear.cu."""
     arguments = tile._Args
@@ -74,3 +84,13 @@ def test_arguments_lie_where_the_kernel_reads_them() -> None:
     fields = ("out", "rows", "columns", "depth", "values", "ids", "slots", "temperatures", "seeds", "steps")
     offsets = [getattr(arguments, name).offset for name in fields]
     assert offsets == [256, 264, 268, 272, 280, 288, 296, 304, 312, 320]
+
+
+def test_what_a_source_includes_is_part_of_what_is_compiled_and_kept(tmp_path: Path) -> None:
+    """Machine code is found again by the text, so a change of a header must make another text."""
+    (tmp_path / "kernel").mkdir()
+    source, header = tmp_path / "kernel" / "one.cu", tmp_path / "shared.cuh"
+    source.write_text('// First.\n#include "../shared.cuh"\nint x;\n')
+    for text in ("int a;\n", "int b;\n"):
+        header.write_text(text)
+        assert cuda_program._whole(source).decode() == f"// First.\n{text}\nint x;\n"

@@ -10,7 +10,7 @@ from altiplano_kernels.few_rows.quantized import Packed
 
 LINEAR, BEGIN = (Path(__file__).with_name(name) for name in ("linear.cu", "begin.cu"))
 MOST_ROWS = 16
-PLAIN, RESIDUAL, QKV, SWIGLU, DRAW = range(5)
+PLAIN, RESIDUAL, QKV, SWIGLU, DRAW, LOGITS = range(6)
 CHUNK = {16: 64, 8: 128, 4: 128}  # k of one warp's turn, by bits of a weight
 Weight = torch.Tensor | Packed
 _Begin = struct(
@@ -19,16 +19,20 @@ _Begin = struct(
 )  # fmt: skip
 _Linear = struct(
     "Linear", "w", "scales", "x", "gamma", "out", "positions", "lines", "rope", "cache", "slots", "temperatures", "seeds", "steps", "values",
-    "ids", "eps:f", "rows:i", "tiles:i", "stride_x:i", "stride_out:i", "limit:i",
+    "ids", "turn", "eps:f", "rows:i", "tiles:i", "stride_x:i", "stride_out:i", "limit:i",
 )  # fmt: skip
 
 
 class Plan(NamedTuple):
-    """Warps of a block; chunks per warp on their way; most blocks (0: one per tile); whether dependents may start at once."""
+    """Warps of a block; chunks per warp on their way; most blocks (0: one per tile); whether blocks take tiles in turns, not equal shares;
+    KiB of shared memory that a block takes at least, for what is left to the L1 cache and to other blocks is worth more at some sizes
+    (measured, not understood); whether dependents may start at once."""
 
     warps: int
     depth: int
     blocks: int = 0
+    turns: bool = False
+    room: int = 0
     early: bool = True
 
 
@@ -45,17 +49,25 @@ class Step:
         self.rope = torch.empty(MOST_ROWS, head_dim, dtype=torch.float32, device=device)
         self.values = torch.empty(MOST_ROWS * blocks, dtype=torch.float32, device=device)
         self.ids = torch.empty(MOST_ROWS * blocks, dtype=torch.int32, device=device)
+        self.turn = torch.zeros(1, dtype=torch.int32, device=device)  # zero between launches: one at a time may have it
 
 
 # Measured on an H200 by benchmarks/engine/tune_few_rows.py: (mode, n, k, bits) to plans for one row and for two to eight.
 TUNED = {
-    (SWIGLU, 16384, 2048, 16): (Plan(8, 2), Plan(8, 4, 264)),
+    (QKV, 3072, 2048, 16): (Plan(4, 4, room=72), Plan(8, 4)),
+    (RESIDUAL, 2048, 2048, 16): (Plan(8, 4, room=72), Plan(8, 4, room=72)),
+    (SWIGLU, 16384, 2048, 16): (Plan(8, 4, 528, room=44), Plan(8, 4, 264, room=72)),
     (RESIDUAL, 2048, 8192, 16): (Plan(16, 2), Plan(16, 2)),
-    (SWIGLU, 16384, 3072, 16): (Plan(16, 3, 528), Plan(8, 3, 264)),
+    (DRAW, 128256, 2048, 16): (Plan(8, 2, 528, turns=True, room=44), Plan(8, 2, 396, turns=True)),
     (QKV, 5120, 3072, 16): (Plan(4, 4), Plan(4, 4)),
-    (RESIDUAL, 3072, 8192, 16): (Plan(8, 4), Plan(16, 2)),
-    (RESIDUAL, 3072, 3072, 16): (Plan(12, 2), Plan(8, 3)),
-    (SWIGLU, 16384, 2048, 4): (Plan(16, 1, 264), Plan(16, 1, 264)),
+    (RESIDUAL, 3072, 3072, 16): (Plan(12, 2), Plan(12, 2)),
+    (SWIGLU, 16384, 3072, 16): (Plan(16, 3, 528, room=44), Plan(8, 6, 264, room=72)),
+    (RESIDUAL, 3072, 8192, 16): (Plan(16, 1), Plan(8, 4, room=72)),
+    (DRAW, 128256, 3072, 16): (Plan(12, 2, 132, turns=True, room=72), Plan(12, 2, 132, turns=True)),
+    (SWIGLU, 16384, 2048, 8): (Plan(16, 1, 264), Plan(8, 2, 264)),
+    (RESIDUAL, 2048, 8192, 8): (Plan(16, 1), Plan(8, 4)),
+    (DRAW, 128256, 2048, 8): (Plan(16, 1, 264, turns=True), Plan(8, 2, 264)),
+    (SWIGLU, 16384, 2048, 4): (Plan(8, 2, 264, room=72), Plan(16, 1, 264)),
     (RESIDUAL, 2048, 2048, 4): (Plan(16, 1), Plan(16, 1)),
 }
 
@@ -71,6 +83,7 @@ def choose_plan(mode: int, n: int, k: int, rows: int, bits: int = 16) -> Plan:
     Raises:
         ValueError: k is a multiple of neither 256 nor 384 (512 nor 768 with 8 or 4 bits).
     """
+    mode = DRAW if mode == LOGITS else mode  # whose sums they have, to the bit
     if (mode, n, k, bits) in TUNED and rows <= 8:
         return TUNED[mode, n, k, bits][rows > 1]
     if not divides(k, bits):
@@ -83,7 +96,7 @@ def choose_plan(mode: int, n: int, k: int, rows: int, bits: int = 16) -> Plan:
     most = 4 if rows <= 8 or mode in (QKV, SWIGLU, DRAW) else 2
     depth = next(depth for depth in range(most, 0, -1) if chunks // warps % depth == 0)
     # Blocks of a wide product keep several tiles, so that rows are normalised less often.
-    wide = mode == DRAW or (mode == SWIGLU and rows > 1) or (mode == PLAIN and n > 32768)
+    wide = mode == DRAW or (mode == SWIGLU and rows > 1)
     return Plan(warps, depth, 264 if wide else 0)
 
 
@@ -170,10 +183,12 @@ def norm_swiglu(
     eps: float,
     out: torch.Tensor,
     plan: Plan | None = None,
+    turn: torch.Tensor | None = None,
 ) -> None:
-    """out = silu(y @ gate.T) * (y @ up.T) of y = rms_norm(x) * gamma. gate_up: bf16 [2 n, k], gate first; out: bf16 [rows, n]."""
+    """out = silu(y @ gate.T) * (y @ up.T) of y = rms_norm(x) * gamma. gate_up: bf16 [2 n, k], gate first; out: bf16 [rows, n];
+    turn: a step's, without which all blocks have equal shares."""
     half = gate_up.shape[0] // 2
-    _launch(SWIGLU, x, gate_up, plan, half // 8, gamma, eps=eps, out=out, stride_out=out.stride(0), limit=half)
+    _launch(SWIGLU, x, gate_up, plan, half // 8, gamma, turn=turn, eps=eps, out=out, stride_out=out.stride(0), limit=half)
 
 
 def norm_draw(
@@ -193,9 +208,23 @@ def norm_draw(
     Logits stay in registers; the noise of rows with a temperature is that of `sampling.kernel.draw_and_advance`.
     """
     return _launch(
-        DRAW, x, head, plan, head.shape[0] // 16, gamma, eps=eps, slots=slots, temperatures=temperatures, seeds=seeds, steps=steps,
+        DRAW, x, head, plan, head.shape[0] // 16, gamma, turn=step.turn, eps=eps, slots=slots, temperatures=temperatures, seeds=seeds, steps=steps,
         values=step.values, ids=step.ids,
     )  # fmt: skip
+
+
+def norm_logits(
+    x: torch.Tensor,
+    head: Weight,
+    gamma: torch.Tensor,
+    eps: float,
+    out: torch.Tensor,
+    plan: Plan | None = None,
+    turn: torch.Tensor | None = None,
+) -> None:
+    """out = y @ head.T of y = rms_norm(x) * gamma: float32 [rows, n], to the bit what `norm_draw` draws from under a plan of as many warps.
+    turn: as for `norm_swiglu`."""
+    _launch(LOGITS, x, head, plan, head.shape[0] // 16, gamma, turn=turn, eps=eps, out=out, stride_out=out.stride(0))
 
 
 def _launch(
@@ -206,6 +235,7 @@ def _launch(
     tiles: int,
     gamma: torch.Tensor | None = None,
     shape: tuple[int, int, int, int] = (0, 0, 16, 1),
+    turn: torch.Tensor | None = None,
     **values: object,
 ) -> int:
     rows, k = x.shape
@@ -214,16 +244,19 @@ def _launch(
     plan = plan or choose_plan(mode, w.shape[0], k, rows, bits)
     norm = gamma is not None
     columns = 1 if rows <= 8 else 2
+    turns = plan.turns and norm and turn is not None
     options = (
         ("MODE", mode), ("NORM", int(norm)), ("BITS", bits), ("K", k), ("WARPS", plan.warps), ("DEPTH", plan.depth), ("NT", columns),
-        ("EARLY", int(plan.early)), ("HEAD_DIM", dim), ("HEADS", heads), ("KV_HEADS", kv_heads), ("PAGE", page),
+        ("EARLY", int(plan.early)), ("TURNS", int(turns)), ("HEAD_DIM", dim), ("HEADS", heads), ("KV_HEADS", kv_heads), ("PAGE", page),
     )  # fmt: skip
     kernel = build(LINEAR, "few_rows_linear", options, x.device.index)
-    shared = rows * (k + 32) * 2 if norm else 0
+    shared = max(rows * (k + 32) * 2 if norm else 0, plan.room * 1024)
     kernel.allow(shared)
     given = {name: value.data_ptr() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
     if gamma is not None:
         given["gamma"] = gamma.data_ptr()
+    if turns and turn is not None:
+        given["turn"] = turn.data_ptr()
     codes, scales = (w.codes.data_ptr(), w.scales.data_ptr()) if isinstance(w, Packed) else (w.data_ptr(), 0)
     arguments = _Linear(w=codes, scales=scales, x=x.data_ptr(), rows=rows, tiles=tiles, stride_x=x.stride(0), **given)
     blocks = min(tiles, plan.blocks or tiles)
@@ -237,7 +270,7 @@ def unpack(w: Packed, out: torch.Tensor) -> torch.Tensor:
     mode = QKV if w.head_dim > 16 else SWIGLU if w.halves else PLAIN
     warps = next(warps for warps in (8, 6, 4) if k % (warps * CHUNK[bits]) == 0)
     options = (
-        ("MODE", mode), ("NORM", 0), ("BITS", bits), ("K", k), ("WARPS", warps), ("DEPTH", 1), ("NT", 1), ("EARLY", 0),
+        ("MODE", mode), ("NORM", 0), ("BITS", bits), ("K", k), ("WARPS", warps), ("DEPTH", 1), ("NT", 1), ("EARLY", 0), ("TURNS", 0),
         ("HEAD_DIM", w.head_dim), ("HEADS", 0), ("KV_HEADS", 0), ("PAGE", 1),
     )  # fmt: skip
     found = out.view(-1)[: n * k].view(n, k)

@@ -1,5 +1,5 @@
 // y = W x for 1 to 16 rows of x, with what comes before and after fused: RMSNorm in front; RoPE and the write of keys and values,
-// SwiGLU, the residual sum, or the draw of a token behind.
+// SwiGLU, the residual sum, or the draw of a token behind, or logits that are left as they are summed.
 //
 // A warp multiplies 16 rows of W with up to 8 * NT columns (the rows of x) on the tensor cores. The order of k inside a product is
 // free as long as both sides agree, so a lane takes 8 consecutive k of its row: W goes from device memory to the fragments of
@@ -10,7 +10,10 @@
 // With BITS 8 or 4 the weights are codes in the order in which lanes want them (see quantized.py), with one float16 scale per row and
 // 128 k: codes become bf16 without loss on their way to the tensor cores, and the scale meets the float32 sum of its group.
 //
-// Compiled once per use with: MODE, NORM, BITS, K, WARPS, DEPTH, NT, EARLY, HEAD_DIM, HEADS, KV_HEADS, PAGE.
+// Blocks that walk over many tiles take them in TURNS: where the kernel before has not ended everywhere, some processors get more blocks
+// than others, and equal shares would leave them behind.
+//
+// Compiled once per use with: MODE, NORM, BITS, K, WARPS, DEPTH, NT, EARLY, TURNS, HEAD_DIM, HEADS, KV_HEADS, PAGE.
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned long long u64;
@@ -20,10 +23,12 @@ typedef unsigned long long u64;
 #define QKV 2
 #define SWIGLU 3
 #define DRAW 4
+#define LOGITS 5
 constexpr int CHUNK = BITS == 16 ? 64 : 128, QUARTERS = CHUNK / 32, LOADS = BITS == 4 ? 2 : 4;
 constexpr int THREADS = WARPS * 32, STEPS = K / (WARPS * CHUNK), COLS = 8 * NT, VECS = K / 8;
 constexpr int XPAD = K + 32;  // the lanes of a quarter warp read two rows: 64 bytes apart they meet in no bank
 static_assert(K % (WARPS * CHUNK * DEPTH) == 0, "the chunks must divide K");
+static_assert(NORM || !TURNS, "the barrier behind the norm shows all warps the block's second tile");
 static_assert(THREADS >= 64 * NT, "one thread per pair of sums");
 
 struct Args {
@@ -31,7 +36,7 @@ struct Args {
   const u32* scales;     // for codes: float16 pairs [tiles, K / 128, 8] of rows g and g + 8
   const u16* x;          // bf16 [rows, K], rows stride_x apart
   const u16* gamma;      // bf16 [K]: weight of the norm
-  u16* out;              // bf16 [rows, N or its part], rows stride_out apart; RESIDUAL adds to it
+  u16* out;              // bf16 [rows, N or its part], rows stride_out apart; RESIDUAL adds to it; LOGITS: float32 [rows, N]
   const int* positions;  // [rows]
   const long long* lines;  // [rows]: first key line of the row's page plus the place in it
   const float* rope;     // [rows, HEAD_DIM]: cosines, then sines
@@ -42,6 +47,7 @@ struct Args {
   const int* steps;
   float* values;         // [rows, blocks]: best value and its token of each block
   int* ids;
+  u32* turn;             // zero between launches
   float eps;
   int rows, tiles, stride_x, stride_out, limit;  // limit: N of one half for SWIGLU
 };
@@ -183,10 +189,15 @@ __device__ __forceinline__ void store_qkv(const Args& a, int tile, int r, int m,
   target[HEAD_DIM / 2] = round_bf16(second);
 }
 
+// The next tile that no block has; called by one thread per block until it gets one past the end. The last of all these calls, of which
+// there are as many as tiles, leaves zero for the next launch.
+__device__ __forceinline__ int take_turn(const Args& a) { return gridDim.x + atomicInc(a.turn, a.tiles - 1); }
+
 extern "C" __global__ void __launch_bounds__(THREADS) few_rows_linear(const Args a) {
   extern __shared__ u16 xs[];  // NORM: [rows, XPAD], x * gamma in bf16
   __shared__ float sums[2][WARPS * 16][COLS];
   __shared__ float squares[COLS][WARPS];
+  __shared__ int turns[2];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int r = threadIdx.x % 8, m = threadIdx.x / 8;  // the pair of sums that this thread finishes
   const bool finishes = m < a.rows;
@@ -205,6 +216,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) few_rows_linear(const Args
   if (EARLY) let_next_start();
   wait_for_previous();
   if (!EARLY) let_next_start();
+  if (TURNS && threadIdx.x == 0) turns[1] = take_turn(a);
 
   // What the end needs, asked for now.
   float cos = 0.f, sin = 0.f, temperature = 0.f;
@@ -276,9 +288,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) few_rows_linear(const Args
   }
 
   float best = __int_as_float(0xff800000);
-  int where = 0x7fffffff, parity = 0;
-  for (; tile < a.tiles; tile += gridDim.x) {
-    const bool more = tile + gridDim.x < a.tiles;
+  int where = 0x7fffffff, parity = 0, following = TURNS ? turns[1] : tile + gridDim.x;
+  while (tile < a.tiles) {
+    const bool more = following < a.tiles;
+    int taken = following;
+    if (TURNS && more && threadIdx.x == 0) taken = take_turn(a);
     float c[NT][4] = {};
     u16 old[2] = {0, 0};
     if (MODE == RESIDUAL && finishes) {
@@ -293,7 +307,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) few_rows_linear(const Args
 #pragma unroll 1
     for (int base = 0; base < STEPS; base += DEPTH) {
       const bool last = base + DEPTH == STEPS;
-      if (last && more) source.aim(a, tile + gridDim.x, warp, lane);
+      if (last && more) source.aim(a, following, warp, lane);
 #pragma unroll
       for (int j = 0; j < DEPTH; j++) {
         float group[NT][4] = {};  // codes: the sums of this chunk, before the scale
@@ -342,6 +356,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) few_rows_linear(const Args
       *(float2*)&sums[parity][warp * 16 + g][i * 8 + 2 * t] = make_float2(c[i][0], c[i][1]);
       *(float2*)&sums[parity][warp * 16 + 8 + g][i * 8 + 2 * t] = make_float2(c[i][2], c[i][3]);
     }
+    if (TURNS && threadIdx.x == 0) turns[parity] = taken;
     __syncthreads();
     if (finishes) {
       float first = 0.f, second = 0.f;
@@ -360,6 +375,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) few_rows_linear(const Args
         target[0] = round_bf16(first + wide(old[0]));
         target[8] = round_bf16(second + wide(old[1]));
       }
+      if (MODE == LOGITS) {
+        float* target = (float*)a.out + (size_t)m * a.stride_out + tile * 16 + r;
+        target[0] = first;
+        target[8] = second;
+      }
       if (MODE == DRAW) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -373,6 +393,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) few_rows_linear(const Args
         }
       }
     }
+    tile = following;
+    following = TURNS ? turns[parity] : following + gridDim.x;
     parity ^= 1;
   }
   if (MODE == DRAW) {

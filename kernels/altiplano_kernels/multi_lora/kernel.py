@@ -142,9 +142,9 @@ def add_adapters(
 ) -> None:
     """out[i] = out[i] * gain[a] + x[i] @ down[a].T @ up[a].T for each row i in `tiles`, in place. Capturable.
 
-    out: bf16 [rows, n], up to three modules side by side that end at `bounds` (multiples of 16); x: bf16 [rows, k]; down: bf16
-    [adapters, modules * rank, k]; up: bf16 [adapters, n, rank] with the scale in it; gain: bf16 [adapters, n], ones but for DoRA; rank:
-    the pool's, a power of two from 16 on; tiles: int32, of `list_tiles`.
+    out: bf16, or float32 (an adapter's rows are rounded to bf16 in either) [rows, n], up to three modules side by side that end at `bounds`
+    (multiples of 16); x: bf16 [rows, k]; down: bf16 [adapters, modules * rank, k]; up: bf16 [adapters, n, rank] with the scale in it; gain:
+    bf16 [adapters, n], ones but for DoRA; rank: the pool's, a power of two from 16 on; tiles: int32, of `list_tiles`.
     """
     (adapters, n, rank), wide, k = up.shape, down.shape[1], x.shape[1]
     assert down.shape == (adapters, len(bounds) * rank, k) and gain.shape == (adapters, n) and bounds[-1] == n

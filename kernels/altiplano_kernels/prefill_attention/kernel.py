@@ -1,14 +1,18 @@
 """FlashAttention-type tiling (Dao, 2023) over paged keys and values, for chunks of many sequences in one launch.
 
-A program owns one head and one tile of queries of one chunk. The caller lists the tiles: chunks start anywhere in their
-sequences, and keys of earlier chunks or of a cached prefix are read from the pages like the chunk's own.
+On Hopper this is the kernel of `groups`; elsewhere Triton's below, a program of which owns one head and one tile of queries of one chunk. The
+caller lists the tiles: chunks start anywhere in their sequences, and keys of earlier chunks or of a cached prefix are read from the pages like
+the chunk's own.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-QUERY_TILE = 64
+from altiplano_kernels.hopper import runs_on
+from altiplano_kernels.prefill_attention import groups
+
+QUERY_TILE = groups.ROWS
 
 
 @triton.jit
@@ -48,7 +52,7 @@ def _prefill_kernel(
     query, out, cache, scales, tables, tiles,
     stride_query, stride_out, stride_table, softmax_scale,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    SCALED: tl.constexpr, STAGES: tl.constexpr, STEADY: tl.constexpr,
+    SCALED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     head, tile = tl.program_id(0), tl.program_id(1)
     first = tl.load(tiles + tile * 4).to(tl.int64)
@@ -66,8 +70,7 @@ def _prefill_kernel(
     kv_head = head // GROUP
     end = position + count
     # Every query of the tile sees all keys before the tile's first position: those tiles need no mask.
-    # Where a tile of queries begins depends on the batch, and the two loops may round differently: one of them does it all then.
-    free = 0 if STEADY else ((position + 1) // TILE) * TILE
+    free = ((position + 1) // TILE) * TILE
     for start in tl.range(0, free, TILE, num_stages=STAGES):
         best, total, acc = _tile_step(
             q, best, total, acc, cache, scales, table, start, end, rows_at, kv_head, softmax_scale,
@@ -104,22 +107,37 @@ def prefill(
     tiles: torch.Tensor,
     out: torch.Tensor,
     heads: int,
-    rows: int = QUERY_TILE,
-    tile: int = 64,
-    stages: int = 3,
-    warps: int = 4,
-    steady: bool = False,
 ) -> torch.Tensor:
     """Causal attention of chunk tokens; their own keys and values must be in the pages already.
 
     query: bf16 [tokens, ≥ heads * head_dim]; cache, scales, tables: as in decode; tiles: int32 [tiles, 4] of `list_tiles`;
-    out: bf16 [tokens, heads * head_dim], returned. `steady`: a token's result is the same, to the bit, in whichever tile it is.
+    out: bf16 [tokens, heads * head_dim], returned. The CUDA C++ kernel of `groups` where it can run, else Triton's.
     """
+    _, _, kv_heads, page, dim = cache.shape
+    if runs_on(query.device) and groups.fits(heads, kv_heads, dim, page):
+        return groups.prefill_groups(query, cache, scales, tables, tiles, out, heads)
+    return prefill_triton(query, cache, scales, tables, tiles, out, heads)
+
+
+def prefill_triton(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    scales: torch.Tensor | None,
+    tables: torch.Tensor,
+    tiles: torch.Tensor,
+    out: torch.Tensor,
+    heads: int,
+    rows: int = QUERY_TILE,
+    tile: int = 64,
+    stages: int = 3,
+    warps: int = 4,
+) -> torch.Tensor:
+    """The same on any GPU. rows: of a tile, as given to `list_tiles`; tile: of keys."""
     _, _, kv_heads, page, dim = cache.shape
     _prefill_kernel[(heads, tiles.numel() // 4)](
         query, out, cache, cache if scales is None else scales, tables, tiles,
         query.stride(0), out.stride(0), tables.stride(0), dim**-0.5 * 1.4426950408889634,
         GROUP=heads // kv_heads, KV_HEADS=kv_heads, DIM=dim, PAGE=page, ROWS=rows, TILE=tile,
-        SCALED=scales is not None, STAGES=stages, STEADY=steady, num_warps=warps,
+        SCALED=scales is not None, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return out

@@ -4,21 +4,20 @@ The parts of a split are left for the next kernel (residual add and norm), which
 and the order of summation never changes.
 """
 
-import contextlib
 import ctypes
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from altiplano_kernels.cuda_program import KernelBuildError, build, compile_source, driver
+from altiplano_kernels.cuda_program import build, compile_ahead, compile_source
+from altiplano_kernels.hopper import BOX, Map, processors_of, tensor_map
 
 SOURCE = Path(__file__).with_name("linear.cu")
-BOX = 64  # of K, which the tensor copy engine brings at once
 WHOLE, PARTS, GATED, DRAW = range(4)  # what becomes of the sums: KIND of linear.cu
-_BFLOAT16, _SWIZZLE_128, _PROMOTE_256 = 9, 3, 3  # CUtensorMapDataType, CUtensorMapSwizzle, CUtensorMapL2promotion
 _SHARED = 232_448 - 1024  # bytes that a block may have, less what static variables and alignment take
 
 
@@ -45,11 +44,14 @@ LEAST_ROWS = 9  # below, few_rows is faster
 SIZES = (16, 32, 64, 128, 192, 256)
 _WIDE, _DEEP = Tiling(1, 1, 128, 4, 8), Tiling(1, 1, 64, 2, 6, depth=128)
 _QKV = Tiling(1, 1, 64, 1, 6, depth=128)
-_HEAD = Tiling(1, 1, 128, 1, 4)
 # By kind, and n and k of the weight: a tiling for each size; None: the library's product is faster.
 TUNED: dict[tuple[int, int, int], tuple[Tiling | None, ...]] = {
     (WHOLE, 3072, 2048): (_QKV, _QKV, _QKV, Tiling(1, 1, 128, 1, 4, depth=128), Tiling(1, 1, 128, 1, 8), Tiling(1, 1, 128, 1, 8)),
     (WHOLE, 5120, 3072): (None, None, _QKV, Tiling(1, 1, 128, 1, 8), None, None),
+    (GATED, 16384, 2048): (
+        Tiling(1, 1, 128, 1, 8), Tiling(1, 1, 128, 1, 8), Tiling(1, 1, 64, 1, 6, 2), Tiling(1, 2, 64, 1, 4, 2), Tiling(3, 1, 128, 1, 5),
+        Tiling(2, 2, 128, 1, 4),
+    ),
     (PARTS, 2048, 2048): (_WIDE, _DEEP, _DEEP, *[Tiling(1, 1, 128, 2, 8)] * 3),
     (PARTS, 3072, 3072): (_WIDE, _WIDE, _DEEP, Tiling(1, 2, 64, 2, 8), None, None),
     (PARTS, 2048, 8192): (
@@ -64,13 +66,10 @@ USUAL: dict[int, tuple[Tiling | None, ...]] = {
         Tiling(1, 1, 128, 1, 8), Tiling(1, 1, 128, 1, 8), Tiling(1, 1, 64, 1, 3, 2, 128), Tiling(1, 2, 64, 1, 4, 2), Tiling(3, 1, 128, 1, 5),
         Tiling(2, 2, 128, 1, 4),
     ),
-    DRAW: (None, _HEAD, _HEAD, Tiling(2, 1, 128, 1, 3, 2), Tiling(3, 1, 128, 1, 5), Tiling(2, 2, 128, 1, 4)),
+    DRAW: (
+        None, Tiling(1, 1, 128, 1, 8), Tiling(1, 1, 128, 1, 8), Tiling(2, 1, 128, 1, 6), Tiling(3, 1, 128, 1, 5), Tiling(4, 1, 128, 1, 4),
+    ),
 }  # fmt: skip
-
-
-def runs_on(device: torch.device) -> bool:
-    """Whether the GPU has wgmma: compute capability 9, which is Hopper, and neither older nor newer ones."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def choose(rows: int, w: torch.Tensor, kind: int) -> Tiling | None:
@@ -84,13 +83,10 @@ def choose(rows: int, w: torch.Tensor, kind: int) -> Tiling | None:
     return tiling if tiling is not None and fits(tiling, n, k) else None
 
 
-_Map = ctypes.c_ubyte * 128
-
-
 class _Args(ctypes.Structure):
     _fields_ = [
-        ("x", _Map),
-        ("w", _Map),
+        ("x", Map),
+        ("w", Map),
         ("out", ctypes.c_void_p),
         ("rows", ctypes.c_int),
         ("columns", ctypes.c_int),
@@ -151,13 +147,13 @@ def linear_draw(
     steps: torch.Tensor,
     pdl: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Best value and token of each row of x @ w.T and block of columns, float32 and int32 [rows, blocks], for `sampling.kernel.advance`.
+    """Best value and token of each row of x @ w.T and block, float32 and int32 [rows, `draw_blocks`], for `sampling.kernel.advance`.
 
     Logits are never written. slots: int32 [rows]; temperatures, seeds, steps: by slot, as for `sampling.kernel.draw`, whose noise differs by
     less than 1e-5.
     """
     assert tiling.splits == 1, "a draw is of the whole sum"
-    shape = len(x), len(w) // tiling.columns
+    shape = len(x), draw_blocks(len(x), len(w), tiling, processors_of(x.device))
     values = torch.empty(shape, dtype=torch.float32, device=x.device)
     ids = torch.empty(shape, dtype=torch.int32, device=x.device)
     draws = (values, ids, slots, temperatures, seeds, steps)
@@ -165,17 +161,17 @@ def linear_draw(
     return values, ids
 
 
-def compile_chosen(weights: Sequence[tuple[torch.Tensor, int]], most_rows: int, go_on: Callable[[], bool]) -> None:
-    """Compile what `choose` will find for steps of up to `most_rows` rows over `weights`, each with its kind: half a second each.
+def draw_blocks(rows: int, n: int, tiling: Tiling, processors: int) -> int:
+    """Blocks that share the columns of a draw: as many as a GPU has room for."""
+    return min(n // tiling.columns, max(1, processors * tiling.resident // -(-rows // tiling.rows)))
 
-    `go_on` is asked before each. What does not compile is left to the step that needs it, whose error somebody hears.
-    """
+
+def compile_chosen(weights: Sequence[tuple[torch.Tensor, int]], most_rows: int, go_on: Callable[[], bool]) -> None:
+    """`compile_ahead` of what `choose` will find for steps of up to `most_rows` rows over `weights`, each with its kind: half a second each."""
     sizes = [size for size in SIZES if size <= most_rows] or [most_rows]
     chosen = {(choose(rows, w, kind), kind) for rows in (*sizes, most_rows) for w, kind in weights}
-    with contextlib.suppress(KernelBuildError):
-        for tiling, kind in sorted((tiling, kind) for tiling, kind in chosen if tiling is not None):
-            if go_on():
-                compile_tiling(tiling, kind)
+    wanted = sorted((tiling, kind) for tiling, kind in chosen if tiling is not None)
+    compile_ahead((partial(compile_tiling, tiling, kind) for tiling, kind in wanted), go_on)
 
 
 def compile_tiling(tiling: Tiling, kind: int) -> bytes:
@@ -204,20 +200,8 @@ def _launch(
     kernel = build(SOURCE, "tile_linear", tuple(_options(tiling, kind).items()), x.device.index)
     kernel.allow(shared_bytes(tiling))
     box = tiling.columns // 2 if kind == GATED else tiling.columns
-    arguments = _Args(_map(x, tiling.rows), _map(w, box), None if out is None else out.data_ptr(), rows, columns, k, 0, *draws)
-    grid = (-(-rows // tiling.rows), n // tiling.columns, tiling.splits)
+    maps = (tensor_map(m.data_ptr(), len(m), k, m.stride(0), size) for m, size in ((x, tiling.rows), (w, box)))
+    arguments = _Args(*maps, None if out is None else out.data_ptr(), rows, columns, k, 0, *draws)
+    blocks = draw_blocks(rows, n, tiling, processors_of(x.device)) if kind == DRAW else n // tiling.columns
+    grid = (-(-rows // tiling.rows), blocks, tiling.splits)
     kernel.launch(grid, tiling.groups * 128 + 32, arguments, shared_bytes(tiling), pdl=pdl)
-
-
-def _map(matrix: torch.Tensor, box: int) -> ctypes.Array[ctypes.c_ubyte]:
-    """The CUtensorMap of bf16 [rows, k]: boxes of 64 columns and `box` rows in the pattern of 128 bytes; rows past the end are zeros."""
-    rows, k = matrix.shape
-    # The driver wants it at a multiple of 64.
-    room = ctypes.create_string_buffer(192)
-    at = -(-ctypes.addressof(room) // 64) * 64
-    driver(
-        "cuTensorMapEncodeTiled", ctypes.c_void_p(at), _BFLOAT16, 2, ctypes.c_void_p(matrix.data_ptr()), (ctypes.c_uint64 * 2)(k, rows),
-        (ctypes.c_uint64 * 1)(matrix.stride(0) * 2), (ctypes.c_uint32 * 2)(BOX, box), (ctypes.c_uint32 * 2)(1, 1), 0, _SWIZZLE_128,
-        _PROMOTE_256, 0,
-    )  # fmt: skip
-    return _Map.from_buffer_copy(ctypes.string_at(at, 128))

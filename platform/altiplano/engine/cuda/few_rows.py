@@ -2,8 +2,8 @@
 
     begin ─► [ norm+QKV+RoPE+KV ─► attention ─► O+residual ─► norm+gate/up+SwiGLU ─► down+residual ] × layers ─► norm+head+draw ─► advance
 
-Weights are asked for before a kernel waits for its predecessor, so device memory is never idle between kernels; logits are never
-written. With an 8-bit cache a separate kernel rotates and quantizes, because a scale needs a whole head.
+Weights are asked for before a kernel waits for its predecessor, so device memory is never idle between kernels; logits are written for
+filters alone. With an 8-bit cache a separate kernel rotates and quantizes, because a scale needs a whole head.
 """
 
 from collections.abc import Sequence
@@ -83,14 +83,14 @@ class FewRows:
         advance(scratch.values, scratch.ids, blocks, rows, slots.tokens, slots.positions, slots.steps, slots.ring, pdl=True)
 
     def logits(self, rows: torch.Tensor, fresh: int = 1) -> torch.Tensor:
-        """bf16 [rows, vocab] of one token for each slot in `rows`, for draws that need them. Capturable; valid until the next call."""
+        """float32 [rows, vocab] of one token for each slot in `rows`, to the bit those that `step` draws from, for draws that need to see
+        them. Capturable; valid until the next call."""
         residual, weights = self._residual(rows, fresh), self._weights
         if self._logits is None:
-            self._logits = torch.empty(few.MOST_ROWS, self._model.config.vocab_size, dtype=torch.bfloat16, device=rows.device)
+            self._logits = torch.empty(few.MOST_ROWS, self._model.config.vocab_size, dtype=torch.float32, device=rows.device)
         out = self._logits[: len(rows)]
-        few.linear(
-            residual, _head(weights), out, weights.norm, self._model.config.rms_norm_eps, self._plans(len(rows)).get("logits")
-        )
+        eps, plan = self._model.config.rms_norm_eps, self._plans(len(rows)).get("head")
+        few.norm_logits(residual, _head(weights), weights.norm, eps, out, plan, self._scratch.turn)
         return out
 
     def _residual(self, rows: torch.Tensor, fresh: int) -> torch.Tensor:
@@ -116,7 +116,7 @@ class FewRows:
                 rope_and_write(query, positions, rows, slots.tables, model.cos_sin, cache, scales, heads, pdl=True)
             decode_clusters(query, cache, scales, slots.tables, rows, scratch.positions, mixed, heads, self.shape, fresh=fresh)
             few.add_linear(mixed, o, residual, plan("o"))
-            few.norm_swiglu(residual, gate_up, layer.post_norm, eps, wide, plan("gate_up"))
+            few.norm_swiglu(residual, gate_up, layer.post_norm, eps, wide, plan("gate_up"), scratch.turn)
             few.add_linear(wide, down, residual, plan("down"))
         return residual
 
@@ -128,7 +128,7 @@ class FewRows:
         qkv = few.QKV if self._model.scales is None else few.PLAIN
         modes = {"qkv": qkv, "o": few.RESIDUAL, "gate_up": few.SWIGLU, "down": few.RESIDUAL}
         weights = {name: (mode, weight_of(layer, name)) for name, mode in modes.items()}
-        weights |= {"head": (few.DRAW, head), "logits": (few.PLAIN, head)}
+        weights["head"] = few.DRAW, head
         return {
             name: few.steady_plan(mode, w.shape[0], w.shape[1], rows, w.bits if isinstance(w, Packed) else 16)
             for name, (mode, w) in weights.items()

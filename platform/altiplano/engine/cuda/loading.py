@@ -11,10 +11,11 @@ from altiplano.engine.cuda.few_rows import FewRows
 from altiplano.engine.cuda.model import CudaLlama
 from altiplano.engine.cuda.quantized import BITS, CODES, CodedWeights, PackedWeights, code_weights, pack_weights
 from altiplano.engine.cuda.slots import SlotTable
-from altiplano.engine.cuda.stepper import Stepper
+from altiplano.engine.cuda.stepper import WIDE_ROWS, Stepper
 from altiplano.engine.errors import EngineError
 from altiplano.engine.weights import Weights, load_weights, random_weights
 from altiplano_kernels.sampling.kernel import DrawWorkspace
+from altiplano_kernels.steady_attention.kernel import places_of
 
 CACHE_DTYPES = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
@@ -122,7 +123,13 @@ def step_bytes(config: EngineConfig, model: LlamaConfig) -> int:
     """About what the largest step needs beside weights and cache: rows of a prompt between two products, and logits of all draws."""
     heads = model.num_attention_heads + 2 * model.num_key_value_heads
     row = 4 * model.hidden_size + 3 * model.intermediate_size + (heads + model.num_attention_heads) * model.head_dim
-    return 2 * config.max_num_batched_tokens * row + 2 * config.max_num_seqs * model.vocab_size
+    logits = max(2 * config.max_num_seqs, 4 * min(config.max_num_seqs, WIDE_ROWS)) * model.vocab_size
+    parts = 0
+    if config.deterministic:
+        row += 2 * model.intermediate_size if config.max_loras else 0  # adapters add to float32 sums of gate and up
+        group = model.num_attention_heads // model.num_key_value_heads
+        parts = 4 * places_of(group, config.max_model_len) * (model.head_dim + 2)
+    return 2 * config.max_num_batched_tokens * row + logits + parts
 
 
 def _check_weights(where: Path, need: int, free: int, drafts: bool) -> None:

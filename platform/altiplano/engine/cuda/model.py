@@ -1,10 +1,11 @@
 """A Llama's forward pass over rows of a step on the GPU: prompts, and decode steps of more rows than `few_rows` takes.
 
-Products are cuBLAS or, up to a few hundred rows, ours; between them are Triton kernels and attention in clusters.
+Products are cuBLAS or, up to a few hundred rows, ours; between them are Triton kernels, and attention in CUDA C++ where it is faster.
 """
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -13,12 +14,15 @@ from altiplano.engine.cuda.adapter_pool import Update
 from altiplano.engine.cuda.quantized import AnyLayer, CodedLayer, CodedWeights, PackedWeights
 from altiplano.engine.cuda.slots import SlotTable
 from altiplano.engine.weights import Layer, Weights
-from altiplano_kernels.cluster_attention.kernel import decode_clusters, fits
+from altiplano_kernels.cluster_attention.kernel import decode_clusters, fits, is_fastest
 from altiplano_kernels.embed_norm.kernel import add_norm, add_norm_parts, embed_rows
+from altiplano_kernels.hopper import processors_of, runs_on
 from altiplano_kernels.kv_write.kernel import rope_and_write
 from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, choose_splits, choose_tiling, decode
+from altiplano_kernels.prefill_attention import groups
 from altiplano_kernels.prefill_attention.kernel import prefill
 from altiplano_kernels.rope.reference import cos_sin, inverse_frequencies
+from altiplano_kernels.steady_attention import kernel as steady_attention
 from altiplano_kernels.steady_linear import kernel as steady
 from altiplano_kernels.swiglu.kernel import swiglu
 from altiplano_kernels.tile_linear import kernel as tile
@@ -32,8 +36,8 @@ KINDS = {"qkv": tile.WHOLE, "o": tile.PARTS, "gate_up": tile.GATED, "down": tile
 class CudaLlama:
     """Weights and paged cache. cache: [layers, blocks, 2, kv_heads, page, head_dim]; scales: [layers, blocks, 2, kv_heads, page] or None.
 
-    `deterministic`: what a row becomes does not depend, to the bit, on the other rows: one path and one order of sums for all, which
-    is that of prompts. A step takes two to four times as long (benchmarks/results/engine.json, variant deterministic).
+    `deterministic`: what a row becomes does not depend, to the bit, on the other rows, nor on the chunk or step in which it is computed:
+    one order of sums for all (`steady_linear`, `steady_attention`), at 1.1 to 1.6 times the step.
     """
 
     def __init__(
@@ -53,12 +57,18 @@ class CudaLlama:
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         self.cos_sin = torch.cat(cos_sin(positions, frequencies), -1).to(device).contiguous()
         kv_heads = config.num_key_value_heads
-        # The batch whose splits need most room decides.
-        need = max(batch * choose_splits(batch, kv_heads, config.head_dim) for batch in range(1, max_batch + 1))
-        self._tiles = tile.runs_on(cache.device) and not deterministic
+        self._tiles = runs_on(cache.device) and not deterministic
         self.tilings: dict[int, Tilings] = {}  # of our products, by the rows of a step
         self._clusters = fits(config.num_attention_heads, kv_heads, config.head_dim, cache.shape[4])
-        self._workspace = DecodeWorkspace(max(need, max_batch), kv_heads, config.head_dim, device, 1)
+        self._parts: steady_attention.Workspace | None = None
+        self._workspace: DecodeWorkspace | None = None
+        if deterministic:
+            group, longest = config.num_attention_heads // kv_heads, len(positions)
+            self._parts = steady_attention.Workspace(group, config.head_dim, longest, device)
+        else:
+            # The batch whose splits need most room decides.
+            need = max(batch * choose_splits(batch, kv_heads, config.head_dim) for batch in range(1, max_batch + 1))
+            self._workspace = DecodeWorkspace(max(need, max_batch), kv_heads, config.head_dim, device, 1)
 
     def decode_hidden(self, rows: torch.Tensor, update: Update | None = None, pdl: bool = True, fresh: int = 1) -> torch.Tensor:
         """Last hidden states [rows, hidden] of one token per row, whose slot is in `rows`: int32 [rows]. Capturable.
@@ -67,11 +77,6 @@ class CudaLlama:
         neighbouring positions.
         """
         batch, config = len(rows), self.config
-        if self.deterministic:
-            ids, positions = self.slots.tokens[rows], self.slots.positions[rows]
-            numbers = torch.arange(batch, dtype=torch.int32, device=rows.device)
-            tiles = torch.stack((numbers, torch.ones_like(rows), positions, rows), 1)
-            return self.prefill_hidden(ids, positions, rows, tiles, update)
         positions = torch.empty_like(rows)
         residual, x = (torch.empty(batch, config.hidden_size, dtype=torch.bfloat16, device=rows.device) for _ in range(2))
         first, slots = self.weights.layers[0].input_norm, self.slots
@@ -80,13 +85,18 @@ class CudaLlama:
         )
         shape = (batch, config.num_key_value_heads, config.head_dim)
         splits, tiling = choose_splits(*shape), choose_tiling(*shape)
+        clusters = self._clusters and is_fastest(*shape, self.cache.element_size())
 
         def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
             out = torch.empty(batch, config.num_attention_heads * config.head_dim, dtype=torch.bfloat16, device=rows.device)
             scales = None if self.scales is None else self.scales[layer]
-            if self._clusters:
+            if self._parts is not None:
+                where = self.cache[layer], scales, slots.tables, rows, positions, out
+                return steady_attention.decode(qkv, *where, self._parts, config.num_attention_heads, pdl)
+            if clusters:
                 heads, cache = config.num_attention_heads, self.cache[layer]
                 return decode_clusters(qkv, cache, scales, slots.tables, rows, positions, out, heads, pdl=pdl, fresh=fresh)
+            assert self._workspace is not None, "deterministic steps have parts"
             return decode(
                 qkv,
                 self.cache[layer],
@@ -122,8 +132,8 @@ class CudaLlama:
         def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
             out = torch.empty(len(ids), config.num_attention_heads * config.head_dim, dtype=torch.bfloat16, device=ids.device)
             scales = None if self.scales is None else self.scales[layer]
-            heads = config.num_attention_heads
-            return prefill(qkv, self.cache[layer], scales, self.slots.tables, tiles, out, heads, steady=self.deterministic)
+            attention = steady_attention.chunks if self.deterministic else prefill
+            return attention(qkv, self.cache[layer], scales, self.slots.tables, tiles, out, config.num_attention_heads)
 
         return self._layers(x, residual, positions, slots_of, attend, update, False)
 
@@ -136,11 +146,25 @@ class CudaLlama:
 
     def compile_ahead(self, most_rows: int) -> None:
         """Compile the kernels of steps of up to `most_rows` rows beside whatever goes on, so that no step has to wait for them."""
+        go_on, layer, jobs = threading.main_thread().is_alive, self.weights.layers[0], list[Callable[[], None]]()
         if self._tiles:
+            sizes = (self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim, self.cache.shape[4])
+            if groups.fits(*sizes):
+                processors = processors_of(self.cache.device)
+                jobs.append(partial(groups.compile_shapes, sizes, self.cache.dtype, processors, go_on))
             weights = [(self.weights.head, tile.DRAW), *self._tiled_weights().values()]
+            jobs.append(partial(tile.compile_chosen, weights, most_rows, go_on))
+        elif self.deterministic and isinstance(layer, Layer):
+            whole, parted = [layer.qkv, self.weights.head], [layer.o, layer.down]
+            jobs.append(partial(steady.compile_tilings, whole, parted, [layer.gate_up], go_on))
+
+        def compile_all() -> None:
+            for job in jobs:
+                job()
+
+        if jobs:
             # No daemon, which would compile on while the libraries that it uses are taken down.
-            arguments = weights, most_rows, threading.main_thread().is_alive
-            threading.Thread(target=tile.compile_chosen, args=arguments, name="compile").start()
+            threading.Thread(target=compile_all, name="compile").start()
 
     def _tiled_weights(self) -> dict[str, tuple[torch.Tensor, int]]:
         """Weights of a layer that our products can take, by name, each with what becomes of its sums."""
@@ -165,7 +189,7 @@ class CudaLlama:
         """Logits [rows, vocab] of last hidden states [rows, hidden]; float32 ones are not rounded on the way."""
         head = self.weights.head
         if self.deterministic:
-            return steady.linear(hidden, head, kind)
+            return steady.linear(hidden, head, kind, pdl=True)
         return hidden @ head.T if kind is hidden.dtype else torch.mm(hidden, head.T, out_dtype=kind)
 
     def _layers(
@@ -218,12 +242,23 @@ class CudaLlama:
         if "gate_up" in tilings:
             assert isinstance(layer, Layer), "tiles are of bf16"
             wide = tile.swiglu_linear(x, layer.gate_up, tilings["gate_up"], pdl)
+        elif self.deterministic:
+            wide = self._steady_swiglu(x, index, update, pdl and isinstance(layer, Layer))
         else:
             gate_up = self._product(x, layer, "gate_up", pdl)
             if update is not None:
                 update("gate_up", index, x, gate_up)
             wide = swiglu(gate_up, torch.empty(len(x), gate_up.shape[1] // 2, dtype=x.dtype, device=x.device), pdl)
         return self._add_product(wide, residual, index, "down", after, tilings, update, pdl)
+
+    def _steady_swiglu(self, x: torch.Tensor, index: int, update: Update | None, pdl: bool) -> torch.Tensor:
+        gate_up = self.weights.layers[index].gate_up
+        assert isinstance(gate_up, torch.Tensor), "codes are not for deterministic mode"
+        if update is None:
+            return steady.swiglu_linear(x, gate_up, pdl)
+        sums = steady.swiglu_sums(x, gate_up, pdl)
+        update("gate_up", index, x, sums)
+        return steady.activate(sums)
 
     def _add_product(
         self,
@@ -242,7 +277,16 @@ class CudaLlama:
             out = torch.empty_like(residual)
             add_norm_parts(tile.linear_parts(x, getattr(layer, name), tilings[name], pdl), residual, norm, out, eps, pdl)
             return out
-        out = self._product(x, layer, name, pdl)
+        if self.deterministic:
+            assert isinstance(x, torch.Tensor), "codes are not for deterministic mode"
+            weight, early = getattr(layer, name), pdl and isinstance(layer, Layer)
+            if update is None:
+                out = torch.empty_like(residual)
+                steady.add_norm_linear(x, weight, residual, norm, out, eps, early)
+                return out
+            out = steady.add(steady.linear_parts(x, weight, early))
+        else:
+            out = self._product(x, layer, name, pdl)
         if update is not None:
             update(name, index, x, out)
         add_norm(out, residual, norm, out, eps, pdl)
@@ -269,4 +313,6 @@ class CudaLlama:
             return w8a8.linear(codes, getattr(layer, name), pdl=pdl)
         assert isinstance(x, torch.Tensor), "rows are quantized for coded layers only"
         weight: torch.Tensor = getattr(layer, name)
-        return steady.linear(x, weight) if self.deterministic else x @ weight.T
+        if self.deterministic:
+            return steady.linear(x, weight, pdl=pdl and isinstance(layer, Layer))
+        return x @ weight.T

@@ -17,13 +17,14 @@ these graphs, 16 at most, are captured while nobody waits: at the start, with an
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from altiplano.engine.config import EngineConfig
 from altiplano.engine.core import Engine
 from altiplano.engine.cuda import drawing
+from altiplano.engine.cuda.ahead import Ahead
+from altiplano.engine.cuda.guess_choice import MOST_DRAWN, NO_GUESSES, GuessChoice
 from altiplano.engine.cuda.runner import CudaRunner, Ticket
 from altiplano.engine.errors import AdapterError, EngineError
 from altiplano.engine.guessing import Payoff
@@ -35,7 +36,6 @@ from altiplano.engine.step_time import Step
 
 # Pages that a request takes at once while half of them are free: attention reads neighbours faster than strays.
 PAGES_AT_ONCE = 8
-MOST_DRAWN = 32  # tokens of a request in one burst with guesses: two bursts fit into the ring
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,6 @@ class _Launched:
     caught_up: bool  # a draft model has computed known tokens beside it
 
 
-class _Choice(NamedTuple):
-    """What to do about guesses in the next launch."""
-
-    guesses: int = 0  # for each request
-    asked: Payoff | None = None  # who has decided so
-    catch_up: int = 0  # known tokens that a draft model computes first, beside a plain step, as many as of a prompt
-    wait: bool = False  # what is in flight must land before a draft model can compute it
-
-
 class OverlappedEngine(Engine):
     """`Engine` on a `CudaRunner`, with bursts of up to `burst` tokens. Same outputs; several tokens of a request may come per step."""
 
@@ -79,11 +70,8 @@ class OverlappedEngine(Engine):
         self._cuda, self._burst = runner, burst
         self._flying: _Launched | None = None
         self._landed: Ticket | None = None  # the last one, while the GPU has not been idle since
-        self._ahead: dict[Request, int] = {}  # tokens in flight per request, at most
-        self._slack: dict[Request, int] = {}  # those of them that are not certain
-        self._live: set[Request] = set()  # requests whose slot on the GPU is up to date
-        self._known: dict[Request, int] = {}  # who guesses knows the request's text; tokens that a draft model has computed of it
-        self._postponed: Payoff | None = None  # it wants guesses, and a draft model does not know enough yet
+        self._ahead = Ahead()
+        self._choice = GuessChoice(self._scheduler, runner, self._payoffs, self._ahead)
         self._held = False  # whether decodes were left out of the last launch
         self._made: dict[int, int] = {}  # guesses made in each slot, over all its requests
         runner.warm_up()
@@ -100,8 +88,7 @@ class OverlappedEngine(Engine):
         if not self._all_plain():
             news = self._land(None)
             # Nothing is in flight: what was remembered of requests would outlive those that end here.
-            for kept in (self._live, self._known, self._ahead, self._slack):
-                kept.clear()
+            self._ahead.clear()
             return news + super().step()
         news, self._news = self._news, []
         started = self._clock()
@@ -139,7 +126,7 @@ class OverlappedEngine(Engine):
         request = self._requests.get(request_id)
         super().abort(request_id)
         if request is not None:
-            self._drop(request)
+            self._ahead.drop(request)
 
     def _all_plain(self) -> bool:
         return all(drawing.is_plain(r.params, r.num_generated) for r in self._requests.values())
@@ -151,7 +138,8 @@ class OverlappedEngine(Engine):
         # A burst beside a prompt would run at the small batch of those who are there already; one step keeps them going.
         alone = not self._prompts_follow()
         prompts = self._prompt_budget()
-        choice = self._choose_guesses(prompts) if alone else _Choice()
+        in_flight = None if self._flying is None else [flight.guesses for flight in self._flying.flights]
+        choice = self._choice.choose(prompts, in_flight) if alone else NO_GUESSES
         if choice.wait:
             return None
         guesses, short = choice.guesses, not alone or choice.catch_up
@@ -160,12 +148,12 @@ class OverlappedEngine(Engine):
         for request in list(scheduler.running):
             if request.state is not State.RUNNING:
                 continue  # preempted a moment ago
-            n = self._wanted(request, burst)
-            computing = self._computing(request)
+            n = self._ahead.wanted(request, burst)
+            computing = self._ahead.computing(request)
             n = min(n, budget, prompts) if computing else n
             if n == 0:
                 continue
-            preempted |= not self._reserve(request, n if computing else self._most(request, n, guesses))
+            preempted |= not self._reserve(request, n if computing else self._ahead.most(request, n, guesses))
             if request.state is not State.RUNNING:
                 continue
             if computing:
@@ -186,7 +174,7 @@ class OverlappedEngine(Engine):
         if decodes:
             flights.append(self._launch_burst(decodes, burst, guesses))
             if choice.catch_up:
-                self._catch_up(decodes, choice.catch_up)
+                self._choice.catch_up(decodes, choice.catch_up)
         if not flights and not chunks:
             return None
         times = flights[-1].count if decodes else 1
@@ -202,72 +190,17 @@ class OverlappedEngine(Engine):
     def _prompt_budget(self) -> int:
         """Tokens of prompts that may be computed beside decodes, which are launches of their own, over all requests."""
         running = self._scheduler.running
-        return self._scheduler.prompt_budget(lambda: sum(not self._computing(request) for request in running), shared=False)
-
-    def _choose_guesses(self, prompts: int) -> _Choice:
-        """What to do about guesses while nobody's prompt is computed, which could take `prompts` tokens of a step."""
-        requests, postponed = len(self._scheduler.running), self._postponed
-        self._postponed = None
-        most = self._cuda.guesses_per_request(requests)
-        if not most or not any(self._wanted(request, 1) for request in self._scheduler.running):
-            return _Choice()
-        payoff = self._payoffs.of(requests)
-        if payoff is not postponed and not payoff.decide():
-            return _Choice(asked=payoff)
-        if self._cuda.drafts:
-            if self._behind() > prompts:
-                self._postponed = payoff
-                return _Choice(catch_up=max(prompts, 2 * requests))  # more than is drawn meanwhile
-            if self._flying is not None and self._unknown():
-                self._postponed = payoff
-                return _Choice(wait=True)
-        scheduler, steps = self._scheduler, MOST_DRAWN // (most + 1)
-        held = [len(request.pages) for request in scheduler.running]
-        if all(scheduler.reserve(request, self._most(request, steps, most)) for request in scheduler.running):
-            return _Choice(most, payoff)
-        # Nobody is preempted for a guess, nor for pages that were kept for one.
-        for request, pages in zip(scheduler.running, held, strict=True):
-            scheduler.pool.release(request.pages[pages:])
-            del request.pages[pages:]
-        return _Choice()
-
-    def _most(self, request: Request, steps: int, guesses: int) -> int:
-        """Tokens that may be computed before the next burst: in flight without certainty, and in `steps` more; none past the request's end."""
-        most = self._slack.get(request, 0) + steps * (guesses + 1)
-        return min(most, request.prompt_len + request.params.max_tokens - request.num_computed)
-
-    def _unknown(self) -> bool:
-        """Whether some request has tokens, in flight or known, that a draft model's own steps leave out: all but the last two."""
-        flights = [] if self._flying is None else self._flying.flights
-        if any(not flight.guesses for flight in flights):
-            return True
-        return any(self._known.get(request, -1) < len(request.tokens) - 2 for request in self._scheduler.running)
-
-    def _behind(self) -> int:
-        """Known tokens that a draft model has to compute before its own steps, which begin with the last two."""
-        missing = [len(r.tokens) - 1 - self._known.get(r, 0) for r in self._scheduler.running]
-        return sum(tokens for tokens in missing if tokens > 1)
-
-    def _computing(self, request: Request) -> bool:
-        """Whether known tokens are still to be computed, other than the last one drawn."""
-        return request not in self._live and len(request.tokens) - request.num_computed > 1
+        return self._scheduler.prompt_budget(lambda: sum(not self._ahead.computing(request) for request in running), shared=False)
 
     def _prompts_follow(self) -> bool:
         """Whether prompts are under way, or one waits that could be admitted."""
         scheduler = self._scheduler
-        if any(self._computing(request) for request in scheduler.running):
+        if any(self._ahead.computing(request) for request in scheduler.running):
             return True
         if not scheduler.waiting or len(scheduler.running) >= self.config.max_num_seqs:
             return False
         pages = scheduler.pool.num_free + scheduler.pool.num_evictable
         return pages * self.config.block_size >= len(scheduler.waiting[0].tokens)
-
-    def _wanted(self, request: Request, burst: int) -> int:
-        """Tokens to compute next: the rest of the prompt, or a burst up to max_tokens."""
-        if self._computing(request):
-            return len(request.tokens) - request.num_computed
-        left = request.params.max_tokens - request.num_generated - self._ahead.get(request, 0)
-        return max(0, min(burst, left))
 
     def _reserve(self, request: Request, n: int) -> bool:
         """Pages for n more tokens; takes them from the last in order if it must. False if anybody was preempted."""
@@ -278,8 +211,7 @@ class OverlappedEngine(Engine):
         while not scheduler.reserve(request, n):
             victim = scheduler.running[-1]
             scheduler.preempt(victim)
-            self._live.discard(victim)
-            self._known.pop(victim, None)
+            self._ahead.preempt(victim)
             untouched = False
             if victim is request:
                 break
@@ -292,13 +224,12 @@ class OverlappedEngine(Engine):
             self._scheduler.advance(self._requests[chunk.request_id], chunk, None)
         requests = [self._requests[chunk.request_id] for chunk in drawn]
         for request in requests:
-            self._live.add(request)
-            self._ahead[request] = self._ahead.get(request, 0) + 1
+            self._ahead.launch(request, 1, 0)
         return [_Flight(requests, [c.slot for c in drawn], 1)] if drawn else []
 
     def _launch_burst(self, requests: list[Request], burst: int, guesses: int) -> _Flight:
-        times = max(self._wanted(request, burst) for request in requests)
-        fresh = [request for request in requests if request not in self._live]
+        times = max(self._ahead.wanted(request, burst) for request in requests)
+        fresh = [request for request in requests if request not in self._ahead.live]
         if fresh:
             self._cuda.launch_state([self._scheduler.chunk(request, 1) for request in fresh])
         slots = []
@@ -307,37 +238,14 @@ class OverlappedEngine(Engine):
             slots.append(request.slot)
             self._cuda.slots.set_pages(request.slot, request.pages, fresh=False)
         if guesses:
-            self._inform(requests)
+            self._choice.inform(requests)
             self._cuda.launch_guesses(slots, times, guesses)
         else:
             self._cuda.launch_decode(slots, times)
         for request in requests:
-            self._live.add(request)
-            self._ahead[request] = self._ahead.get(request, 0) + times * (guesses + 1)
-            if guesses:
-                self._slack[request] = self._slack.get(request, 0) + times * guesses
+            self._ahead.launch(request, times, guesses)
             request.num_computed += min(times, self._room(request))
         return _Flight(requests, slots, times, guesses)
-
-    def _inform(self, requests: list[Request]) -> None:
-        """Tell those who guess what they do not know of the requests; with a draft model nothing is in flight then."""
-        self._catch_up(requests, sum(len(request.tokens) for request in requests))
-        for request in requests:
-            self._known[request] = len(request.tokens) - 1
-
-    def _catch_up(self, requests: list[Request], most: int) -> None:
-        """The same, but a draft model computes `most` of the tokens."""
-        for request in requests:
-            assert request.slot is not None
-            if request not in self._known:
-                self._cuda.remember(request.slot, request.tokens)
-            known = self._known.setdefault(request, 0)
-            missing = len(request.tokens) - 1 - known
-            n = min(missing, most)
-            if self._cuda.drafts and missing > 1 and n > 0:
-                self._cuda.catch_up(request.slot, request.tokens[known : known + n], known)
-                self._known[request] += n
-                most -= n
 
     def _room(self, request: Request) -> int:
         """Tokens that the reserved pages still hold: a burst may run past the request's end."""
@@ -375,13 +283,13 @@ class OverlappedEngine(Engine):
             if flight.guesses and request.state is not State.FINISHED:
                 self._settle(request, flight, len(tokens))
             self._book_burst(request, tokens, flight.count * (flight.guesses + 1), news)
-            if flight.guesses and request in self._known:
+            if flight.guesses and request in self._ahead.known:
                 # Where all guesses were right, the draft model has not computed the last of them.
-                self._known[request] = len(request.tokens) - 2
+                self._ahead.known[request] = len(request.tokens) - 2
 
     def _settle(self, request: Request, flight: _Flight, drawn: int) -> None:
         """Correct what was supposed of a burst with guesses."""
-        self._slack[request] -= flight.count * flight.guesses
+        self._ahead.slack[request] -= flight.count * flight.guesses
         self._accepted += drawn - flight.count
         if request.state is State.RUNNING:
             request.num_computed += min(drawn - flight.count, self._room(request))
@@ -400,16 +308,11 @@ class OverlappedEngine(Engine):
 
     def _book_burst(self, request: Request, tokens: list[int], supposed: int, news: list[TokenOutput]) -> None:
         if request.state is not State.FINISHED:
-            self._ahead[request] -= supposed
+            self._ahead.drawn[request] -= supposed
         for token in tokens:
             if request.state is State.FINISHED:
                 break  # ended or aborted: the rest was drawn for nobody
             request.tokens.append(token)
             news.append(self._book(request, Drawn(token)))
         if request.state is State.FINISHED:
-            self._drop(request)
-
-    def _drop(self, request: Request) -> None:
-        for kept in (self._ahead, self._slack, self._known):
-            kept.pop(request, None)
-        self._live.discard(request)
+            self._ahead.drop(request)

@@ -320,7 +320,7 @@ class CudaRunner:
         limit, filtered = self.stepper.most_rows, self.slots.any_filtered(slots)
         for first in range(0, len(slots), limit):
             some = rows[first : first + limit]
-            self.stepper.draw_rows(some, self.model.head(hidden[first : first + limit]), pdl=False, filtered=filtered)
+            self.stepper.draw_rows(some, self.stepper.logits(hidden[first : first + limit]), pdl=False, filtered=filtered)
             if self._guesses is not None:
                 self._guesses.note(some, pdl=False)
 
