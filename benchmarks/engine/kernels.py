@@ -33,6 +33,7 @@ BENCHES: dict[str, Bench] = {
     "cluster_attention": attention.cluster_attention,
     "paged_attention": attention.paged_attention,
     "prefill_attention": attention.prefill_attention,
+    "steady_attention": attention.steady_attention,
     "kv_write": attention.kv_write,
     "embed_norm": rows.embed_norm,
     "swiglu": rows.swiglu,

@@ -6,8 +6,8 @@ usage: PYTHONPATH=platform:kernels python benchmarks/engine/quality.py MODEL [--
 Weights are random with the public shape and a standard deviation of 0.02; each run draws other tokens. Teacher forcing: all systems
 read the same random tokens, and what they say after each of the last 64 is compared. `quality-kl` is the mean of KL(float32 || ours)
 over these positions, `quality-kl-max` the largest; `quality-logprob` and `…-max` are the absolute error of the next token's
-log-probability; all in nats. Behind the slash is the path of the rows: `prefill`, whose logits are float32, or decode steps of 1, 8
-or 32 rows, whose logits are rounded to bf16 as the draws see them. The system `transformers` is transformers in bf16.
+log-probability; all in nats. Behind the slash is the path of the rows: `prefill`, or decode steps of 1, 8 or 32 rows, whose logits
+are those that draws see: float32. The system `transformers` is transformers in bf16.
 """
 
 import argparse
@@ -130,7 +130,8 @@ def prefill_logits(runner: "CudaRunner", ids: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def decode_logits(runner: "CudaRunner", ids: torch.Tensor, batch: int) -> torch.Tensor:
-    """Logits of the first `batch` sequences' last `JUDGED` tokens, fed one by one over the cache that prefill has left: bf16."""
+    """Logits of the first `batch` sequences' last `JUDGED` tokens, fed one by one over the cache that prefill has left,
+    as draws see them: float32."""
     from altiplano.engine.cuda.few_rows import FewRows
     from altiplano.engine.cuda.quantized import CodedWeights
     from altiplano_kernels.few_rows.kernel import MOST_ROWS
@@ -144,7 +145,7 @@ def decode_logits(runner: "CudaRunner", ids: torch.Tensor, batch: int) -> torch.
         runner.slots.write(slots, ids[:batch, position].tolist(), [position] * batch, zeros, [0.0] * batch, zeros)
         # Kernels of a step start before the one ahead of them has ended; what is written here must be there.
         torch.cuda.synchronize()
-        logits = model.decode_hidden(rows) @ model.weights.head.T if few is None else few.logits(rows)
+        logits = runner.stepper.logits(model.decode_hidden(rows)) if few is None else few.logits(rows)
         steps.append(logits.clone())
     return torch.stack(steps, 1).flatten(0, 1)
 

@@ -1,9 +1,17 @@
-"""Plans of the few-row kernels, tried one after another on whole decode steps: microseconds of a graph replay.
+"""Plans of the few-row kernels, found by descent on whole decode steps: microseconds of a step in a CUDA graph.
 
-usage: PYTHONPATH=platform:kernels python benchmarks/engine/tune_few_rows.py MODEL ROWS CONTEXT none|int8|int4 [quick]
+usage: PYTHONPATH=platform:kernels python benchmarks/engine/tune_few_rows.py MODEL ROWS[,ROWS…] none|int8|int4 [CONTEXT]
+
+One product after another, in two rounds, takes the plan under which the sum over the numbers of rows is smallest; plans of a product
+are timed in turns, because a card drifts. What is fastest for a kernel alone is not for the step: neighbours share processors and caches.
 """
 
+import statistics
 import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest.mock import patch
 
 import decode_steps
 import torch
@@ -12,104 +20,128 @@ from workloads import model_directory
 from altiplano.engine import EngineConfig
 from altiplano.engine.cuda.quantized import BITS
 from altiplano.engine.cuda.runner import CudaRunner
-from altiplano_kernels.cluster_attention.kernel import Shape
+from altiplano_kernels import cuda_program
+from altiplano_kernels.few_rows import kernel as few
 from altiplano_kernels.few_rows.kernel import CHUNK, DRAW, QKV, RESIDUAL, SWIGLU, Plan, choose_plan
 
-STEPS = 8
-MODES = {"gate_up": SWIGLU, "head": DRAW, "down": RESIDUAL, "o": RESIDUAL, "qkv": QKV}
-
-
-def timed(runner: CudaRunner, rows: torch.Tensor, replays: int = 25) -> float:
-    """Median microseconds of a step, in graphs of STEPS as the engine has them."""
-    few = runner.stepper.few
-    assert few is not None
-    return decode_steps.timed(runner, lambda: few.step(rows), STEPS, replays)
-
-
-def explain(runner: CudaRunner, rows: torch.Tensor, whole: float) -> None:
-    """What the step gains when one kind of kernel is left out."""
-    from altiplano.engine.cuda import few_rows as module
-
-    owners = {
-        "begin": module.few,
-        "norm_qkv": module.few,
-        "decode_clusters": module,
-        "add_linear": module.few,
-        "norm_swiglu": module.few,
-    }
-    found = []
-    for name, owner in {**owners, "advance": module}.items():
-        kept = getattr(owner, name)
-        setattr(owner, name, lambda *_, **__: None)
-        found.append(f"{name} {whole - timed(runner, rows, 9):.1f}")
-        setattr(owner, name, kept)
-    print("  left out, gains:", ", ".join(found), flush=True)
+STEPS, ROUNDS, REPLAYS = 4, 2, 3
+LEAST_GAIN = 0.0015
+Plans = dict[str, Plan]
 
 
 def candidates(mode: int, k: int, rows: int, bits: int) -> list[Plan]:
+    """Plans of a product whose sums are over k."""
     found, chunk = [], CHUNK[bits]
+    walks = mode in (SWIGLU, DRAW)
     for warps in (4, 6, 8, 12, 16):
         if k % (warps * chunk) or warps * 32 < (64 if rows <= 8 else 128):
             continue
-        steps = k // (warps * chunk)
         for depth in (1, 2, 3, 4, 6):
-            if steps % depth or depth * warps > 64 or depth * warps < (12 if bits == 16 else 4) or depth > 6:
+            if k // (warps * chunk) % depth or not (8 if bits == 16 else 4) <= depth * warps <= 56:
                 continue
-            for blocks in (0, 132, 264, 396, 528) if mode in (SWIGLU, DRAW) else (0,):
-                if not (mode == DRAW and blocks == 0) and not (blocks == 132 and warps < 8):
-                    found.append(Plan(warps, depth, blocks))
-    return found
+            for blocks in (() if mode == DRAW else (0,)) + ((132, 264, 396, 528) if walks else ()):
+                # So many blocks that no processor could hold its share of them, or so few that it would starve.
+                if blocks * warps > 132 * 48 or 0 < blocks * warps < 132 * 12:
+                    continue
+                found += [Plan(warps, depth, blocks, turns) for turns in ((False, True) if blocks else (False,))]
+    return found + [plan._replace(room=room) for plan in found for room in (44, 72)]
 
 
-def main(model: str, count: int, context: int, quantization: str, quick: bool) -> None:
-    bits = BITS.get(quantization, 16)
-    width = decode_steps.pages_per_slot(context)
-    config = EngineConfig(
-        model=model_directory(model), dtype="bfloat16", device="cuda", load_format="dummy", max_model_len=context, max_num_seqs=16,
-        num_blocks=16 * width,
-    )  # fmt: skip
-    runner = CudaRunner(config, quantization=quantization)
-    decode_steps.place(runner, count, width, context - 1)
-    rows = torch.arange(count, dtype=torch.int32, device="cuda")
-    few, shape = runner.stepper.few, runner.model.config
-    assert few is not None
+class Tuner:
+    """A runner, and steps of it under plans."""
+
+    def __init__(self, model: str, quantization: str, context: int) -> None:
+        self.width, self.position = decode_steps.pages_per_slot(context), context - 1
+        config = EngineConfig(
+            model=model_directory(model), dtype="bfloat16", device="cuda", load_format="dummy", max_model_len=context + 64, max_num_seqs=16,
+            num_blocks=16 * self.width,
+        )  # fmt: skip
+        self.runner = CudaRunner(config, quantization=quantization)
+        for layer in self.runner.model.cache:  # zeros would take less power, and so less time
+            layer.copy_(torch.randn(layer.shape, dtype=torch.bfloat16, device="cuda"))
+        steps = self.runner.stepper.few
+        assert steps is not None
+        self.steps, shape, bits = steps, self.runner.model.config, BITS.get(quantization, 16)
+        hidden, heads = shape.hidden_size, shape.num_attention_heads * shape.head_dim
+        self.products = {
+            "gate_up": (SWIGLU, 2 * shape.intermediate_size, hidden, bits),
+            "o": (RESIDUAL, hidden, heads, bits),
+            "head": (DRAW, shape.vocab_size, hidden, 16 if bits == 16 else 8),
+            "down": (RESIDUAL, hidden, shape.intermediate_size, bits),
+            "qkv": (QKV, heads + 2 * shape.num_key_value_heads * shape.head_dim, hidden, bits),
+        }
+
+    def compile(self, rows: int) -> None:
+        """All candidates' kernels, on all processors of the host at once."""
+        wanted: dict[tuple[tuple[str, int], ...], Path] = {}
+
+        class Nothing:
+            def allow(self, shared: int) -> None: ...
+            def launch(self, *_: object, **__: object) -> None: ...
+
+        def note(source: Path, name: str, options: tuple[tuple[str, int], ...], device: int) -> Nothing:
+            wanted[options] = source
+            return Nothing()
+
+        with patch.object(few, "build", note):
+            for name, (mode, _, k, bits) in self.products.items():
+                for plan in candidates(mode, k, rows, bits):
+                    self.steps.plans = {name: plan}
+                    self.steps.step(self.place(rows))
+        self.steps.plans = {}
+        major, minor = torch.cuda.get_device_capability()
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda one: cuda_program.compile_source(one[1], dict(one[0]), f"sm_{major}{minor}a"), wanted.items()))
+
+    def place(self, count: int) -> torch.Tensor:
+        decode_steps.place(self.runner, count, self.width, self.position)
+        return torch.arange(count, dtype=torch.int32, device="cuda")
+
+    def compare(
+        self, count: int, variants: Mapping[str, Plans], rounds: int = ROUNDS, replays: int = REPLAYS
+    ) -> dict[str, float]:
+        """Median microseconds of a step of `count` rows under each variant's plans; not of those that the card refuses."""
+        rows, graphs = self.place(count), {}
+        for name, plans in variants.items():
+            self.steps.plans = plans
+            try:
+                graphs[name] = decode_steps.capture(lambda: self.steps.step(rows), STEPS)
+            except cuda_program.KernelBuildError as error:
+                print(f"  {name} {plans}: {error}", file=sys.stderr)
+        positions = self.runner.slots.positions.clone()
+        times = {name: list[float]() for name in graphs}
+        for _ in range(rounds):
+            for name, graph in graphs.items():
+                decode_steps.replayed(self.runner, graph, STEPS, positions)  # the first after another graph is slower
+                times[name] += (decode_steps.replayed(self.runner, graph, STEPS, positions) for _ in range(replays))
+        return {name: statistics.median(found) for name, found in times.items()}
+
+    def descend(self, counts: list[int]) -> Plans:
+        current = {name: choose_plan(mode, n, k, max(counts), bits) for name, (mode, n, k, bits) in self.products.items()}
+        for _ in range(2):
+            for name, (mode, _, k, bits) in self.products.items():
+                tried = {str(tuple(plan)): plan for plan in candidates(mode, k, max(counts), bits)}
+                variants = {"now": current, **{key: {**current, name: plan} for key, plan in tried.items()}}
+                found = [self.compare(count, variants) for count in counts]
+                total = {key: sum(times[key] for times in found) for key in found[0] if all(key in times for times in found)}
+                best = min(total, key=lambda key: total[key])
+                if best != "now" and total[best] < total["now"] * (1 - LEAST_GAIN):
+                    current[name] = tried[best]
+                    print(f"  {name}: {tried[best]}, {total[best] - total['now']:+.1f} us", flush=True)
+        return current
+
+
+def main(model: str, counts: list[int], quantization: str, context: int) -> None:
+    tuner = Tuner(model, quantization, context)
     with torch.inference_mode():
-        best = timed(runner, rows)
-        print(f"{model} {quantization} rows {count} context {context}: defaults {best:.1f} us", flush=True)
-        tried = []
-        for few.shape in (Shape(c, d, w) for c in (4, 8, 16) for d in (1, 2) for w in (1, 2, 4)):
-            tried.append((timed(runner, rows), few.shape))
-        print("  cluster, depth, warps:", [(round(us, 1), *c) for us, c in sorted(tried)[:8]], flush=True)
-        few.shape = min(tried)[1]
-        best = min(tried)[0]
-        explain(runner, rows, best)
-        sums = {"gate_up": shape.hidden_size, "head": shape.hidden_size, "qkv": shape.hidden_size}
-        qkv = (shape.num_attention_heads + 2 * shape.num_key_value_heads) * shape.head_dim
-        wide = {"gate_up": 2 * shape.intermediate_size, "head": shape.vocab_size, "qkv": qkv}
-        wide |= {"down": shape.hidden_size, "o": shape.hidden_size}
-        sums |= {"down": shape.intermediate_size, "o": shape.num_attention_heads * shape.head_dim}
-        for name, mode in MODES.items():
-            results = []
-            for plan in [] if quick else candidates(mode, sums[name], count, 8 if bits < 16 and name == "head" else bits):
-                few.plans[name] = plan
-                try:
-                    results.append((timed(runner, rows, 9), plan))
-                except Exception as error:
-                    print("  failed", name, plan, repr(error)[:90])
-            few.plans.pop(name, None)
-            results.sort()
-            for us, plan in results[:4]:
-                print(f"  {name}: {us:.1f} {tuple(plan)}", flush=True)
-            if results and results[0][0] < best:
-                few.plans[name] = results[0][1]
-                best = timed(runner, rows)
-            print(
-                f"  {name}: default {tuple(choose_plan(mode, wide[name], sums[name], count, bits))}, step now {best:.1f}",
-                flush=True,
-            )
-        explain(runner, rows, best)
-        print(f"{model} rows {count}: {timed(runner, rows):.1f} us with {few.plans}", flush=True)
+        tuner.compile(max(counts))
+        plans = tuner.descend(counts)
+        for count in counts:
+            found = tuner.compare(count, {"before": {}, "now": plans}, 5, 5)
+            print(f"{model} {quantization} {count} rows: before {found['before']:.1f}, now {found['now']:.1f} us", flush=True)
+    for name, plan in plans.items():
+        print(f"  {name} {tuner.products[name]}: {plan}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], len(sys.argv) > 5)
+    main(sys.argv[1], [int(count) for count in sys.argv[2].split(",")], sys.argv[3], int((sys.argv[4:] or ["640"])[0]))

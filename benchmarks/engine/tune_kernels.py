@@ -52,7 +52,7 @@ def prefill(model: Model, rows: int) -> Iterator[Task]:
 
         def chosen(choice: Choice, kind: str = kind) -> Case:
             tile, keys, stages, warps = choice
-            return attention.prefill_case(model, 8, rows, 0, kind, False, (tile, keys, stages, warps))
+            return attention.prefill_case(model, 8, rows, 0, kind, (tile, keys, stages, warps))
 
         own = (QUERY_TILE, 64, 3, 4)
         yield chosen(own), own, others, chosen

@@ -9,6 +9,7 @@ of the medians. `tiny` is a size for trying the program on a CPU.
 import argparse
 import datetime
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -86,15 +87,7 @@ class StepLog:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=sorted(SHAPES), default="1b")
-    parser.add_argument("--variants", nargs="+", choices=sorted(VARIANTS), default=["bf16-lora", "qlora", "bf16-lora-ddp2"])
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rows", type=int, default=8, help="sequences a GPU and step")
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit", default="unknown")
-    options = parser.parse_args()
+    options = arguments(__doc__, sorted(VARIANTS), ["bf16-lora", "qlora", "bf16-lora-ddp2"])
     import ray
 
     from altiplano.train import fit
@@ -115,45 +108,43 @@ def main() -> None:
         started = time.perf_counter()
         result = fit(pipeline, prepared, work / "runs", sink=StepLog(str(log)), name=name)
         steps = [entry for line in log.read_text().splitlines() if "train/loss" in (entry := json.loads(line))]
-        seconds = [
-            after["time"] - before["time"] for before, after in zip(steps[WARM_STEPS:], steps[WARM_STEPS + 1 :], strict=False)
-        ]
-        speeds = [options.rows * options.length * workers / second for second in seconds]
-        common = {
-            "suite": "training", "workload": f"{options.rows}x{options.length}", "model": options.size, "variant": name,
-            "system": "altiplano", "runs": len(speeds), "command": "python benchmarks/training/baseline.py " + " ".join(sys.argv[1:]),
-            "commit": options.commit, "hardware": hardware(workers), "versions": versions(), "date": datetime.date.today().isoformat(),
-        }  # fmt: skip
-        records += [
-            {
-                **common,
-                "value": statistics.median(speeds),
-                "unit": "tok/s",
-                "higher_is_better": True,
-                "min": min(speeds),
-                "max": max(speeds),
-            },
-            *(
-                {
-                    **common,
-                    "value": value,
-                    "unit": unit,
-                    "higher_is_better": False,
-                    "min": value,
-                    "max": value,
-                    "runs": len(steps),
-                }
-                for unit, value in (("GB peak on rank 0", steps[-1]["peak"] / 1e9), ("last loss", result.last_loss))
-            ),
-        ]
+        speeds = speeds_of([entry["time"] for entry in steps], options.rows * options.length * workers)
+        records += records_of(options, name, "altiplano", speeds, steps[-1]["peak"], result.last_loss, len(steps), workers)
         print(
-            f"{name:16s} {statistics.median(speeds):10,.0f} tok/s  {1e3 * statistics.median(seconds):8.1f} ms/step  "
+            f"{name:16s} {statistics.median(speeds):10,.0f} tok/s  {1e3 * options.rows * options.length * workers / statistics.median(speeds):8.1f} ms/step  "
             f"{steps[-1]['peak'] / 1e9:6.2f} GB  loss {steps[0]['train/loss']:.4f} -> {result.last_loss:.4f}  whole call {time.perf_counter() - started:.1f} s",
             flush=True,
         )
         if options.out:
             options.out.write_text(json.dumps(records, indent=1) + "\n")
     ray.shutdown()
+
+
+def arguments(about: str | None, variants: list[str], default: list[str]) -> argparse.Namespace:
+    """The command line of a program that measures some of `variants`, with `about` as its help."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=sorted(SHAPES), default="1b")
+    parser.add_argument("--variants", nargs="+", choices=variants, default=default)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rows", type=int, default=8, help="sequences a GPU and step")
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", default="unknown")
+    options = parser.parse_args()
+    if options.steps < WARM_STEPS + 2:
+        parser.error(f"--steps {options.steps}: the first {WARM_STEPS} are left out, so give at least {WARM_STEPS + 2}")
+    return options
+
+
+def speeds_of(ends: list[float], tokens: int) -> list[float]:
+    """Tokens a second of each step of `tokens` behind the first ones, from the moments (s) at which steps ended."""
+    return [tokens / (after - before) for before, after in itertools.pairwise(ends[WARM_STEPS:])]
+
+
+def random_rows(options: argparse.Namespace, count: int) -> list[list[int]]:
+    """Token ids of `count` rows of exactly `length` tokens, the same in every program."""
+    draw, words = random.Random(1), 1000 if options.size == "tiny" else 128_000
+    return [[draw.randrange(4, words) for _ in range(options.length)] for _ in range(count)]
 
 
 def make_model(size: str, directory: Path) -> Path:
@@ -191,15 +182,7 @@ def make_model(size: str, directory: Path) -> Path:
 
 def make_data(options: argparse.Namespace, workers: int) -> Prepared:
     """Random rows of exactly `length` tokens, enough for all steps."""
-    draw = random.Random(1)
-    words = 1000 if options.size == "tiny" else 128_000
-
-    def row() -> Example:
-        ids = [draw.randrange(4, words) for _ in range(options.length)]
-        return Example(ids, ids)
-
-    train = [row() for _ in range(options.rows * workers * options.steps)]
-    held = row()
+    *train, held = [Example(ids, ids) for ids in random_rows(options, options.rows * workers * options.steps + 1)]
     report = AuditReport((), (), len(train), 1, len(train) * options.length, options.length, 1.0, {options.length: len(train)})
     return Prepared(
         train, [held], [EvalRow(1, [], held.input_ids[:1], "", held.input_ids, held.labels)], report, "random", "none"
@@ -224,6 +207,33 @@ def make_pipeline(
             "run": {"name": "baseline"},
         }
     )  # fmt: skip
+
+
+def records_of(
+    options: argparse.Namespace,
+    variant: str,
+    system: str,
+    speeds: list[float],
+    peak: int,
+    loss: float,
+    steps: int,
+    workers: int = 1,
+) -> list[dict[str, Any]]:
+    """Speed (tok/s, of `speeds`, one a step), peak memory (bytes in, GB out) and last loss of one run, as they are kept in results."""
+    common = {
+        "suite": "training", "workload": f"{options.rows}x{options.length}", "model": options.size, "variant": variant, "system": system,
+        "command": f"python benchmarks/training/{Path(sys.argv[0]).name} " + " ".join(sys.argv[1:]), "commit": options.commit,
+        "hardware": hardware(workers), "versions": versions(), "date": datetime.date.today().isoformat(),
+    }  # fmt: skip
+    speed = {"value": statistics.median(speeds), "min": min(speeds), "max": max(speeds), "runs": len(speeds)}
+    last = {"GB peak on rank 0": peak / 1e9, "last loss": loss}
+    return [
+        {**common, **speed, "unit": "tok/s", "higher_is_better": True},
+        *(
+            {**common, "value": value, "min": value, "max": value, "runs": steps, "unit": unit, "higher_is_better": False}
+            for unit, value in last.items()
+        ),
+    ]
 
 
 def hardware(workers: int) -> str:

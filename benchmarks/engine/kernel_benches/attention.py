@@ -8,7 +8,8 @@ import torch
 from altiplano_kernels.cluster_attention.kernel import Shape, decode_clusters
 from altiplano_kernels.kv_write.kernel import rope_and_write
 from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, choose_splits, choose_tiling, decode
-from altiplano_kernels.prefill_attention.kernel import QUERY_TILE, list_tiles, prefill
+from altiplano_kernels.prefill_attention.kernel import QUERY_TILE, list_tiles, prefill, prefill_triton
+from altiplano_kernels.steady_attention import kernel as steady_attention_kernel
 from kernel_benches.case import PAGE, Case, Launch, Model, bf16, each, rows_of
 
 KINDS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
@@ -86,10 +87,9 @@ def paged_attention(model: Model) -> Iterator[Case]:
 def prefill_attention(model: Model) -> Iterator[Case]:
     count, tokens = model.prompts
     for kind in KINDS:
-        yield prefill_case(model, count, tokens, 0, kind, steady=False)
-    yield prefill_case(model, count, tokens, 0, "bf16", steady=True)
+        yield prefill_case(model, count, tokens, 0, kind)
     # A chunk of a long prompt.
-    yield prefill_case(model, 1, tokens // 2, model.contexts[1] - tokens // 2, "bf16", steady=False)
+    yield prefill_case(model, 1, tokens // 2, model.contexts[1] - tokens // 2, "bf16")
 
 
 def prefill_case(
@@ -98,22 +98,59 @@ def prefill_case(
     tokens: int,
     start: int,
     kind: str,
-    steady: bool,
-    choice: tuple[int, int, int, int] = (QUERY_TILE, 64, 3, 4),
+    choice: tuple[int, int, int, int] | None = None,
 ) -> Case:
-    """choice: rows and keys of a tile, stages and warps; the kernel's own without it."""
+    """choice: rows and keys of a tile, stages and warps of Triton's kernel; without it the kernel that a step takes."""
 
     def prepare(device: str, turns: int) -> list[Launch]:
         pages = paged(model, count, start + tokens, kind, device, turns)
         chunks = [(i * tokens, tokens, start, i) for i in range(count)]
-        tiles = torch.tensor(list_tiles(chunks, choice[0]), dtype=torch.int32, device=device)
+        tiles = torch.tensor(list_tiles(chunks, choice[0] if choice else QUERY_TILE), dtype=torch.int32, device=device)
         query, out = (bf16(count * tokens, model.query, device=device) for _ in range(2))
-        return each(lambda cache: prefill(query, *cache, pages.tables, tiles, out, model.heads, *choice, steady), pages.caches)
+        where = pages.tables, tiles, out, model.heads
+        if choice:
+            return each(lambda cache: prefill_triton(query, *cache, *where, *choice), pages.caches)
+        return each(lambda cache: prefill(query, *cache, *where), pages.caches)
 
     pairs = tokens * start + tokens * (tokens + 1) // 2
     moved = count * ((start + tokens) * line_bytes(model, kind) + 2 * 2 * tokens * model.query)
-    words = f"{kind}, {count} x {tokens} tokens" + (f" behind {start}" if start else "") + (", deterministic" if steady else "")
+    words = f"{kind}, {count} x {tokens} tokens" + (f" behind {start}" if start else "")
     return Case("prefill_attention", model.name, words, moved, 4 * count * model.query * pairs, prepare)
+
+
+def steady_attention(model: Model) -> Iterator[Case]:
+    """What the deterministic mode looks at its pages with."""
+    usual, many = model.contexts
+    for rows, context in ((1, usual), (1, many), *((rows, usual) for rows in model.decodes)):
+        yield steady_decode_case(model, rows, context)
+    yield steady_prompts_case(model, *model.prompts)
+
+
+def steady_decode_case(model: Model, rows: int, context: int) -> Case:
+    def prepare(device: str, turns: int) -> list[Launch]:
+        pages = paged(model, rows, context, "bf16", device, turns)
+        at = torch.full((rows,), context - 1, dtype=torch.int32, device=device)
+        query, out = (bf16(rows, model.query, device=device) for _ in range(2))
+        work = steady_attention_kernel.Workspace(model.heads // model.kv_heads, model.dim, context, device)
+        where = pages.tables, pages.slots, at, out, work, model.heads
+        return each(lambda cache: steady_attention_kernel.decode(query, *cache, *where, pdl=True), pages.caches)
+
+    moved, words = rows * (context * line_bytes(model, "bf16") + 4 * model.query), f"bf16, {rows_of(rows)}, context {context}"
+    return Case("steady_attention", model.name, words, moved, 4 * rows * model.query * context, prepare)
+
+
+def steady_prompts_case(model: Model, count: int, tokens: int) -> Case:
+    def prepare(device: str, turns: int) -> list[Launch]:
+        pages = paged(model, count, tokens, "bf16", device, turns)
+        tiles = torch.tensor(list_tiles([(i * tokens, tokens, 0, i) for i in range(count)]), dtype=torch.int32, device=device)
+        query, out = (bf16(count * tokens, model.query, device=device) for _ in range(2))
+        return each(
+            lambda cache: steady_attention_kernel.chunks(query, *cache, pages.tables, tiles, out, model.heads), pages.caches
+        )
+
+    pairs, moved = tokens * (tokens + 1) // 2, count * tokens * (line_bytes(model, "bf16") + 4 * model.query)
+    words = f"bf16, {count} x {tokens} tokens"
+    return Case("steady_attention", model.name, words, moved, 4 * count * model.query * pairs, prepare)
 
 
 def kv_write(model: Model) -> Iterator[Case]:

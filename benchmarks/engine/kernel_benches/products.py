@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from altiplano_kernels.steady_linear.kernel import linear as steady
+from altiplano_kernels.steady_linear import kernel as steady
 from altiplano_kernels.tile_linear import kernel as tile
 from kernel_benches.case import Case, Launch, Model, bf16, copies, each, product_bytes, rows_of
 
@@ -38,14 +38,18 @@ def gemm(model: Model) -> Iterator[Case]:
 
 
 def steady_linear(model: Model) -> Iterator[Case]:
-    """What the deterministic mode multiplies with."""
-    for name, rows in (
-        *(("gate_up", rows) for rows in (1, *model.decodes, model.tokens)),
-        ("down", 1),
-        ("down", model.decodes[0]),
-        ("head", 1),
+    """What the deterministic mode multiplies with, with the activation, in parts, and whole."""
+    few, many = (1, *model.decodes), model.tokens
+    for name, multiply, counts in (
+        ("gate_up", steady.swiglu_linear, (*few, many)),
+        ("down", steady.linear_parts, few[:2]),
+        ("head", steady.linear, few[:1]),
     ):
-        yield product_case("steady_linear", model, name, rows, lambda x: partial(steady, x))
+        n, k = model.weights[name]
+        written = {"gate_up": n, "down": 4 * n * steady.parts_of(n, k), "head": 2 * n}[name]
+        for rows in counts:
+            moved = 2 * n * k + rows * (2 * k + written)
+            yield product_case("steady_linear", model, name, rows, lambda x, multiply=multiply: partial(multiply, x), moved)
 
 
 def tile_linear(model: Model) -> Iterator[Case]:
@@ -61,8 +65,8 @@ def tile_linear(model: Model) -> Iterator[Case]:
 
 
 def tile_bytes(kind: int, n: int, tiling: tile.Tiling) -> int:
-    """What is written of one row."""
-    sizes = {tile.WHOLE: 2 * n, tile.PARTS: 4 * n * tiling.splits, tile.GATED: n, tile.DRAW: 8 * n // tiling.columns}
+    """What is written of one row; of a draw that is next to nothing."""
+    sizes = {tile.WHOLE: 2 * n, tile.PARTS: 4 * n * tiling.splits, tile.GATED: n, tile.DRAW: 0}
     return sizes[kind]
 
 
