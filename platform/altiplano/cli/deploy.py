@@ -18,6 +18,7 @@ from altiplano.cli.plans import (
     YesOption,
     agreed,
     release_of,
+    seconds_of,
     show,
     to_json,
 )
@@ -54,13 +55,19 @@ def deploy(
     release: ReleaseOption = RELEASE,
     dry_run: DryRunOption = False,
     yes: YesOption = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Leave when every replica has taken it; an error when one does not.")
+    ] = False,
+    timeout: Annotated[str, typer.Option(help="Of --wait: 30s, 10m, 2h.")] = "10m",
     output: OutputOption = Output.text,
 ) -> None:
     """Render the RayService from a pipeline file and the registry, show what would change, and apply it."""
     from altiplano.cluster.diff import plan
     from altiplano.cluster.kube import RAY_SERVICE
-    from altiplano.cluster.rayservice import patch_of
+    from altiplano.cluster.rayservice import patch_of, user_config, with_user_config
+    from altiplano.serve.control import named
 
+    timeout_s = seconds_of("--timeout", timeout)
     pipeline = load(file, overrides).pipeline
     found = release_of(context, namespace, release)
     service = found.endpoint()
@@ -70,7 +77,7 @@ def deploy(
     made = _rendered(pipeline, service, f"{name}-{wanted['version']}", wanted["path"], alias, keep_settings=keep_settings)
     # The server's own checks, before anybody is asked.
     found.kube.apply(RAY_SERVICE, patch_of(made), dry_run=True)
-    plans = [one for one in [plan(service, made)] if one.changes]
+    plans = [one for one in [plan(_unnamed(service), made)] if one.changes]
     if output is Output.json:
         print_json({"name": name, "version": wanted["version"], "path": wanted["path"], "changes": to_json(plans)})
     else:
@@ -78,17 +85,74 @@ def deploy(
         show(plans)
     if not plans:
         hint("the endpoint is already like this")
+        # Applied is not taken: whoever applied it may have been told of a replica that refuses.
+        if wait and not dry_run and _taken_before(found, service, timeout_s) and output is Output.text:
+            out.print("every replica has taken it", markup=False)
         return
     if not agreed("Apply this?", dry_run=dry_run, yes=yes):
         return
     _in_cluster(found, [*words[:3], "--version", str(wanted["version"])], tracking_uri)
+    # KubeRay tells that it has seen a change before Ray Serve has it, so each change gets a name by which it is found there.
+    made = with_user_config(made, named(user_config(made)))
     found.kube.apply(RAY_SERVICE, patch_of(made))
+    if wait:
+        _confirm(found, made, timeout_s)
     if output is Output.text:
-        out.print(f"applied; is it live? altiplano cluster status --release {release}", markup=False)
+        live = "every replica has taken it" if wait else f"is it live? altiplano cluster status --release {release}"
+        out.print(f"applied; {live}", markup=False)
     hint(
         f"keep it across upgrades of the chart: endpoint.adapters.{name}-{wanted['version']}={wanted['path']}, "
         f"endpoint.aliases.{alias}={name}-{wanted['version']}"
     )
+
+
+def _taken_before(found: "Release", service: "Object", timeout_s: float) -> bool:
+    """Wait for what was applied earlier, with the errors of `_confirm`; False: it has no name, and nobody was asked."""
+    from altiplano.cluster.rayservice import user_config
+    from altiplano.serve.control import CHANGE
+
+    if CHANGE in user_config(service):
+        _confirm(found, service, timeout_s)
+        return True
+    hint(
+        "it was not applied by this command, so it has no name by which replicas could be asked, and it cannot be confirmed that they have "
+        "taken it: GET /v1/models of the endpoint lists what is served, the replicas' logs say why something is not"
+    )
+    return False
+
+
+def _confirm(found: "Release", applied: "Object", timeout_s: float) -> None:
+    """Return when every replica has taken what a RayService says, by the name of its change.
+
+    Raises:
+        ControlError: one does not take it, the endpoint does not come up with it, or not in time. It stays applied.
+        ClusterUnreachableError: there is no way to the head of the endpoint's cluster.
+        NotInstalledError: the Secret with Ray's token is not there.
+        RefusedError: the API server does not let this user reach it.
+    """
+    from altiplano.cluster.kube import ClusterUnreachableError, RefusedError
+    from altiplano.cluster.kube_release import NotInstalledError
+    from altiplano.cluster.rayservice import user_config
+    from altiplano.pipeline.kube_serving import control_of
+    from altiplano.serve.control import CHANGE, ControlError
+
+    try:
+        with control_of(found, applied) as control:
+            control.confirm(user_config(applied)[CHANGE], timeout_s)
+    except (ControlError, ClusterUnreachableError, NotInstalledError, RefusedError, KeyboardInterrupt) as error:
+        hint("it is applied, and KubeRay goes on with it; deploy another --version to take it back")
+        if isinstance(error, KeyboardInterrupt):
+            raise typer.Exit(130) from None
+        raise
+
+
+def _unnamed(service: "Object") -> "Object":
+    """A RayService without the name of its last change: every apply has another, and it changes nothing."""
+    from altiplano.cluster.rayservice import user_config, with_user_config
+    from altiplano.serve.control import CHANGE, unnamed
+
+    config = user_config(service)
+    return with_user_config(service, unnamed(config)) if CHANGE in config else service
 
 
 def _rendered(

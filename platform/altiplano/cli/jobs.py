@@ -1,6 +1,5 @@
 """`altiplano jobs`: work for the cluster. On the standing one through Ray's job API, or as a RayJob with a cluster of its own."""
 
-import re
 import shlex
 import sys
 import time
@@ -15,12 +14,14 @@ from altiplano.cli.console import Output, OutputOption, err, hint, out, print_js
 from altiplano.cli.job_places import JobPlaces
 from altiplano.cli.plans import (
     RELEASE,
+    UNITS,
     ContextOption,
     DryRunOption,
     NamespaceOption,
     ReleaseOption,
     YesOption,
     agreed,
+    seconds_of,
 )
 
 if TYPE_CHECKING:
@@ -49,7 +50,6 @@ FollowOption = Annotated[
     bool, typer.Option("--follow/--no-follow", "-f", help="Print until the job ends, and end with its code.")
 ]
 FAILED = 1
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 jobs = typer.Typer(help="Submit, list, follow and stop jobs on a cluster.", no_args_is_help=True)
 
@@ -120,8 +120,8 @@ def submit(
             {key: int(_number("--workers", value)) for key, value in _pairs("--workers", workers).items()},
             variables,
             working_dir,
-            _seconds("--keep-for", keep_for),
-            None if deadline is None else _seconds("--deadline", deadline),
+            seconds_of("--keep-for", keep_for),
+            None if deadline is None else seconds_of("--deadline", deadline),
             retries,
             queue,
         )
@@ -356,10 +356,3 @@ def _number(option: str, text: str) -> float:
         return float(text)
     except ValueError:
         raise ValueError(f"{option}: {text!r} is not a number") from None
-
-
-def _seconds(option: str, text: str) -> int:
-    found = re.fullmatch(r"([1-9]\d{0,5})([smhd])", text)
-    if found is None:
-        raise ValueError(f"{option} {text!r} is not a time: write a number and s, m, h or d, for example 30m")
-    return int(found[1]) * UNITS[found[2]]

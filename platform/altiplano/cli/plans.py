@@ -1,5 +1,6 @@
 """What the commands for Kubernetes share: which release they mean, and a plan that is shown before anything is applied."""
 
+import re
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,7 @@ ReleaseOption = Annotated[str, typer.Option("--release", help="Name of the Helm 
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show the plan and leave.")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Apply without asking.")]
 RELEASE = "altiplano"
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 SHOWN = 60
 
 
@@ -74,6 +76,17 @@ def to_json(plans: "list[Plan]") -> list[dict[str, Any]]:
         }
         for plan in plans
     ]
+
+
+def seconds_of(option: str, text: str) -> int:
+    """
+    Raises:
+        ValueError: the text is not a time as in 30m.
+    """
+    found = re.fullmatch(r"([1-9]\d{0,5})([smhd])", text)
+    if found is None:
+        raise ValueError(f"{option} {text!r} is not a time: write a number and s, m, h or d, for example 30m")
+    return int(found[1]) * UNITS[found[2]]
 
 
 def _short(value: Any) -> str:

@@ -68,6 +68,8 @@ def load_base(model: spec.Model, device: str) -> Any:
         resolve_model_path(model), use_safetensors=True, trust_remote_code=False, **options
     )
     made.config.use_cache = False
+    if model.load_in_4bit:
+        _keep_gradients(made)
     return made
 
 
@@ -85,6 +87,17 @@ def attach_lora(base: Any, lora: spec.Lora, seed: int) -> Any:
     if not isinstance(settings["target_modules"], str):
         settings["target_modules"] = list(settings["target_modules"])
     return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", bias="none", **settings))
+
+
+def _keep_gradients(base: Any) -> None:
+    """Have a 4-bit base on the CPU learn after an evaluation as before it.
+
+    bitsandbytes packs the weights at the first step in eval mode for a product that knows no gradients, where the CPU has AVX512-BF16, and they
+    stay packed: what trains later gets gradients through the residual stream alone.
+    """
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _four_bits(model: spec.Model) -> Any:

@@ -12,7 +12,7 @@ from altiplano.cluster import local_ray
 from altiplano.cluster.ray_token import token_of_environment
 from altiplano.pipeline.services import Services
 from altiplano.serve import ServeControl
-from altiplano.serve.control import DeployError, endpoint_of
+from altiplano.serve.control import DeployError, endpoint_of, unnamed
 
 REMOTE_TOKEN = "ALTIPLANO_SERVE_RAY_TOKEN"
 REMOTE_KEY = "ALTIPLANO_API_KEY"
@@ -65,7 +65,10 @@ def hand_over(control: ServeControl, model: str, served: str, adapter: str, alia
 
 
 def with_adapter(user_config: Mapping[str, Any], served: str, adapter: str, alias: str) -> dict[str, Any]:
-    """A `user_config` with one adapter more and `alias` on it. Older versions of the same model leave, unless an alias names them."""
+    """A `user_config` with one adapter more and `alias` on it. Older versions of the same model leave, unless an alias names them.
+
+    It has no name: the one it came with is that of other contents.
+    """
     aliases = user_config["aliases"] | {alias: served}
     family = served.rpartition("-")[0]
     kept = {
@@ -73,7 +76,7 @@ def with_adapter(user_config: Mapping[str, Any], served: str, adapter: str, alia
         for name, path in user_config["adapters"].items()
         if name in aliases.values() or name.rpartition("-")[0] != family
     }
-    return {**user_config, "adapters": kept | {served: adapter}, "aliases": aliases}
+    return unnamed(user_config) | {"adapters": kept | {served: adapter}, "aliases": aliases}
 
 
 def is_served(control: ServeControl, model: str) -> bool:

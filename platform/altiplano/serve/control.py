@@ -44,13 +44,26 @@ class RefusedConfigError(DeployError):
     """Replicas do not take a `user_config`; the message is theirs. What was before is in force."""
 
 
+class RefusedTokenError(ControlError):
+    """Ray's dashboard wants another token: asking again does not help."""
+
+
 class ServeControl:
     """One Ray cluster's Serve. `token` is Ray's own token; None where the cluster asks for none.
 
-    `endpoint_url` is where the endpoint answers; None: on the dashboard's host, at the port that Serve names.
+    `endpoint_url` is where the endpoint answers; None: on the dashboard's host, at the port that Serve names. `poll_s`: between two
+    questions while it waits, for as long as `clock` (seconds of any monotonic clock) allows.
     """
 
-    def __init__(self, dashboard_url: str, token: str | None, endpoint_url: str | None = None) -> None:
+    def __init__(
+        self,
+        dashboard_url: str,
+        token: str | None,
+        endpoint_url: str | None = None,
+        poll_s: float = POLL_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._poll_s, self._clock = poll_s, clock
         self._url = dashboard_url.rstrip("/") + PATH
         self._endpoint_url = None if endpoint_url is None else endpoint_url.rstrip("/").removesuffix("/v1")
         # httpx reads the certificates of this machine for every request that brings no context, and this one polls.
@@ -73,7 +86,7 @@ class ServeControl:
             ControlError: there is no endpoint.
         """
         config: dict[str, Any] = deployment_in(_application(self.status())["deployed_app_config"])["user_config"]
-        return {key: value for key, value in config.items() if key != CHANGE}
+        return unnamed(config)
 
     def set_user_config(self, user_config: dict[str, Any], timeout_s: float = USER_CONFIG_TIMEOUT_S) -> None:
         """Replace the endpoint's `user_config`; returns when all replicas have taken it. No replica restarts.
@@ -100,6 +113,7 @@ class ServeControl:
         before = config_of(status)
         wanted = before | {"applications": copy.deepcopy(applications)}
         if _endpoint_config(wanted) == _endpoint_config(before):
+            _keep_change(wanted, change_of(status))
             self._put(wanted)
             return
         self._change(wanted, copy.deepcopy(before), timeout_s)
@@ -133,12 +147,12 @@ class ServeControl:
         names = set(status["applications"])
         if names <= set(OURS):
             self._request("DELETE")
-            self._until(lambda now: not now["applications"] and not now["proxies"], ANSWER_TIMEOUT_S)
+            self._until(lambda now: not now["applications"] and not now["proxies"], self._clock() + ANSWER_TIMEOUT_S, self.status)
         elif names & set(OURS):
             config = config_of(status)
             config["applications"] = [app for app in config["applications"] if app["name"] not in OURS]
             self._request("PUT", config)
-            self._until(lambda now: not set(OURS) & set(now["applications"]), ANSWER_TIMEOUT_S)
+            self._until(lambda now: not set(OURS) & set(now["applications"]), self._clock() + ANSWER_TIMEOUT_S, self.status)
 
     def wait(self, timeout_s: float) -> None:
         """Until the endpoint is what was asked for last.
@@ -146,18 +160,42 @@ class ServeControl:
         Raises:
             DeployError: it is not, or not within `timeout_s`.
         """
-        last = self._until(_settled, timeout_s)
+        self._come_up(self._clock() + timeout_s, self.status)
+
+    def confirm(self, change: str, timeout_s: float) -> None:
+        """Until every replica of the endpoint has taken a config that somebody else gives to Serve, by the name of its change.
+
+        A question that gets no answer is asked again: on the way to another machine one of many may fail.
+
+        Raises:
+            RefusedConfigError: a replica does not take it, and goes on with what it had.
+            DeployError: Serve does not get it, or the endpoint does not come up with it, or not within `timeout_s`.
+            ControlError: the dashboard refuses the token, or no longer answers when time is up.
+        """
+        deadline = self._clock() + timeout_s
+
+        def ask() -> dict[str, Any]:
+            return self._patient_status(deadline)
+
+        if change_of(self._until(lambda now: change_of(now) == change, deadline, ask)) != change:
+            raise DeployError(f"Ray Serve was not given the change within {timeout_s:.0f} s, or was given another one since")
+        self._come_up(deadline, ask)
+        if refusal := self._refusal(change, deadline, ask):
+            raise RefusedConfigError(f"a replica does not take this, and goes on with what it had: {refusal}")
+
+    def _come_up(self, deadline: float, ask: Callable[[], dict[str, Any]]) -> None:
+        last = self._until(_settled, deadline, ask)
         application = last["applications"].get(endpoint_of(last["applications"]))
         if application is None or application["status"] != "RUNNING":
             raise DeployError(f"the endpoint did not come up: {told_by(application)}")
 
     def _change(self, config: dict[str, Any], before: dict[str, Any] | None, timeout_s: float) -> None:
         """Put a Serve config and wait until every replica runs it; put the one `before` back when one refuses it."""
-        deadline = time.monotonic() + timeout_s
+        deadline = self._clock() + timeout_s
         change = _name_change(config)
         self._put(config)
         self.wait(timeout_s)
-        refusal = self._refusal(change, deadline)
+        refusal = self._refusal(change, deadline, self.status)
         if refusal is None:
             return
         if before is not None:
@@ -166,14 +204,14 @@ class ServeControl:
             self.wait(ANSWER_TIMEOUT_S)
         raise RefusedConfigError(f"the endpoint does not take this, and stays as it was: {refusal}")
 
-    def _refusal(self, change: str, deadline: float) -> str | None:
+    def _refusal(self, change: str, deadline: float, ask: Callable[[], dict[str, Any]]) -> str | None:
         """Why a replica refuses a change; None when all have taken it.
 
         Raises:
             DeployError: not all have told by the deadline.
         """
         while True:
-            status = self.status()
+            status = ask()
             running = _running(status)
             if not running:
                 return None  # scaled to zero: nobody is there who could refuse
@@ -183,13 +221,13 @@ class ServeControl:
                     return str(replica["reason"])
             if len(told) >= running and all(replica["taken"] for replica in told):
                 return None
-            if time.monotonic() > deadline:
+            if self._clock() > deadline:
                 taken = sum(replica["taken"] is True for replica in told)
                 raise DeployError(
                     f"the change was given to Ray Serve, and {taken} of {running} replicas told {self._address(status)} in time "
                     "that they have taken it: see their logs, and repeat it"
                 )
-            time.sleep(POLL_S)
+            time.sleep(self._poll_s)
 
     def _told(self, status: dict[str, Any], change: str) -> list[dict[str, Any]]:
         """What replicas tell about a change; nothing while the one that is asked does not know it."""
@@ -207,14 +245,31 @@ class ServeControl:
             host = urlsplit(self._url).hostname or host
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
-    def _until(self, reached: Callable[[dict[str, Any]], bool], timeout_s: float) -> dict[str, Any]:
+    def _until(
+        self, reached: Callable[[dict[str, Any]], bool], deadline: float, ask: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
         """The first status that `reached` accepts, or the last one before time is up."""
-        deadline = time.monotonic() + timeout_s
         while True:
-            status = self.status()
-            if reached(status) or time.monotonic() > deadline:
+            status = ask()
+            if reached(status) or self._clock() > deadline:
                 return status
-            time.sleep(POLL_S)
+            time.sleep(self._poll_s)
+
+    def _patient_status(self, deadline: float) -> dict[str, Any]:
+        """The first answer; the last error when there is none by the deadline.
+
+        Raises:
+            ControlError: the dashboard refuses the token, or does not answer in time.
+        """
+        while True:
+            try:
+                return self.status()
+            except RefusedTokenError:
+                raise
+            except ControlError:
+                if self._clock() > deadline:
+                    raise
+            time.sleep(self._poll_s)
 
     def _put(self, config: dict[str, Any]) -> None:
         """A PUT that may start Serve: on a busy machine its first proxy comes too late for Ray, the next attempt finds it."""
@@ -235,7 +290,7 @@ class ServeControl:
         except httpx.HTTPError as error:
             raise ControlError(f"Ray's dashboard does not answer at {self._url} ({error}): is the cluster running?") from error
         if response.status_code in (401, 403):
-            raise ControlError(
+            raise RefusedTokenError(
                 f"Ray's dashboard refuses the token ({response.status_code}): give the cluster's own (RAY_AUTH_TOKEN)"
             )
         if response.is_error:
@@ -264,6 +319,14 @@ def config_of(status: dict[str, Any]) -> dict[str, Any]:
         if application.get("deployed_app_config") is not None
     ]
     return config
+
+
+def change_of(status: dict[str, Any]) -> str | None:
+    """The name of the endpoint's last change; None where it has none."""
+    application = status["applications"].get(endpoint_of(status["applications"])) or {}
+    config = application.get("deployed_app_config")
+    change: str | None = None if config is None else (deployment_in(config).get("user_config") or {}).get(CHANGE)
+    return change
 
 
 def deployment_in(application_config: dict[str, Any]) -> dict[str, Any]:
@@ -301,9 +364,27 @@ def _name_change(config: dict[str, Any]) -> str:
     application = endpoint_in(config["applications"])
     assert application is not None, "the endpoint is what is changed"
     deployment = deployment_in(application)
-    change = secrets.token_hex(16)
-    deployment["user_config"] = dict(deployment.get("user_config") or {}) | {CHANGE: change}
+    deployment["user_config"] = named(deployment.get("user_config") or {})
+    change: str = deployment["user_config"][CHANGE]
     return change
+
+
+def _keep_change(config: dict[str, Any], change: str | None) -> None:
+    """The endpoint stays what it is: who applied it asks by the name that it has."""
+    application = endpoint_in(config["applications"])
+    if application is not None and change is not None:
+        deployment = deployment_in(application)
+        deployment["user_config"] = (deployment.get("user_config") or {}) | {CHANGE: change}
+
+
+def named(user_config: Mapping[str, Any]) -> dict[str, Any]:
+    """A `user_config` under a name that no other has had: what replicas make of it is found by that name."""
+    return {**user_config, CHANGE: secrets.token_hex(16)}
+
+
+def unnamed(user_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a `user_config` says, without the name under which it was applied."""
+    return {key: value for key, value in user_config.items() if key != CHANGE}
 
 
 def _running(status: dict[str, Any]) -> int:
