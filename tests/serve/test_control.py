@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from altiplano.serve.changes import REMEMBERED, Changes
-from altiplano.serve.control import CHANGE, DeployError, RefusedConfigError, ServeControl
+from altiplano.serve.control import CHANGE, ControlError, DeployError, RefusedConfigError, ServeControl
 from altiplano.serve.errors import ApiError
 
 BEFORE = {"adapters": {"a": "/a"}, "aliases": {"champion": "a"}}
@@ -28,12 +28,17 @@ class Cluster(ThreadingHTTPServer):
         self.slow = 0  # times that the second replica does not know a change yet
         self.running = 2
         self.puts = 0
+        self.broken = 0  # questions about the applications that get no answer
+        self.now = 0.0  # seconds on the clock of who waits; a question takes one
+        self.coming = list[dict[str, Any]]()  # configs that somebody else puts, one before each question
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
     def status(self) -> dict[str, Any]:
+        if self.coming:
+            self.put(self.coming.pop(0))
         states = ["RUNNING"] * self.running
         return {
             "http_options": {"host": "0.0.0.0", "port": self.server_port},
@@ -71,8 +76,11 @@ class Handler(BaseHTTPRequestHandler):
     server: Cluster
 
     def do_GET(self) -> None:
+        self.server.now += 1
         if self.path.startswith("/v1/changes/"):
             self._answer({"object": "change", "replicas": self.server.told(self.path.rsplit("/", 1)[1])})
+        elif self.server.broken:
+            self.server.broken -= 1
         else:
             self._answer(self.server.status())
 
@@ -101,7 +109,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def control(cluster: Cluster) -> ServeControl:
-    made = ServeControl(cluster.url, None)
+    made = ServeControl(cluster.url, None, poll_s=0, clock=lambda: cluster.now)
     made.set_user_config(BEFORE)
     return made
 
@@ -126,7 +134,7 @@ def test_a_redeployment_is_asked_about_too(cluster: Cluster, control: ServeContr
     wanted = {"name": "altiplano", "deployments": [{"name": "endpoint", "user_config": {"adapters": {"b": "/b"}, "aliases": {}}}]}
     config = {"applications": [wanted]}
     with pytest.raises(RefusedConfigError, match="/b has no manifest"):
-        control.deploy(config, timeout_s=10)
+        control.deploy(config, timeout_s=100)
     assert control.get_user_config() == BEFORE
     assert CHANGE not in json.dumps(config), "what the caller gave is the caller's"
 
@@ -134,7 +142,51 @@ def test_a_redeployment_is_asked_about_too(cluster: Cluster, control: ServeContr
 def test_replicas_that_do_not_tell_in_time_are_named(cluster: Cluster, control: ServeControl) -> None:
     cluster.slow = 1 << 30
     with pytest.raises(DeployError, match=r"1 of 2 replicas told http://127\.0\.0\.1"):
-        control.set_user_config({"adapters": {}, "aliases": {}}, timeout_s=0.1)
+        control.set_user_config({"adapters": {}, "aliases": {}}, timeout_s=5)
+
+
+def put_by_another(change: str, adapter: str = "b") -> dict[str, Any]:
+    user_config = {"adapters": {adapter: f"/{adapter}"}, "aliases": {}, CHANGE: change}
+    return {"applications": [{"name": "altiplano", "deployments": [{"name": "endpoint", "user_config": user_config}]}]}
+
+
+def test_a_change_that_another_gives_to_serve_is_waited_for(cluster: Cluster, control: ServeControl) -> None:
+    cluster.coming, cluster.slow = [put_by_another("earlier", "c"), put_by_another("mine")], 2
+    control.confirm("mine", timeout_s=100)
+    assert cluster.slow == 0 and not cluster.coming, "it was asked again until Serve had it and both replicas had told"
+    assert control.get_user_config()["adapters"] == {"b": "/b"}
+
+
+def test_a_change_of_another_that_a_replica_refuses_is_told_and_left_to_its_maker(
+    cluster: Cluster, control: ServeControl
+) -> None:
+    cluster.refusing["b"], cluster.coming = "/b has no manifest", [put_by_another("mine")]
+    with pytest.raises(RefusedConfigError, match="goes on with what it had: /b has no manifest"):
+        control.confirm("mine", timeout_s=100)
+    assert control.get_user_config()["adapters"] == {"b": "/b"}
+
+
+def test_a_change_that_serve_never_gets_is_not_waited_for_without_end(control: ServeControl) -> None:
+    with pytest.raises(DeployError, match="was not given the change"):
+        control.confirm("mine", timeout_s=5)
+
+
+def test_a_question_without_an_answer_does_not_end_the_waiting(cluster: Cluster, control: ServeControl) -> None:
+    cluster.broken, cluster.coming = 2, [put_by_another("mine")]
+    control.confirm("mine", timeout_s=100)
+    assert cluster.broken == 0
+    cluster.broken = 1 << 30
+    with pytest.raises(ControlError, match="does not answer"):
+        control.confirm("mine", timeout_s=5)
+    assert cluster.now < 20
+
+
+def test_an_endpoint_that_stays_as_it_is_keeps_the_name_of_its_change(cluster: Cluster, control: ServeControl) -> None:
+    """Who applied it may still ask what became of it."""
+    name = cluster.config[CHANGE]
+    endpoint = {"name": "altiplano", "deployments": [{"name": "endpoint", "user_config": dict(BEFORE)}]}
+    control.set_applications([endpoint])
+    assert cluster.puts == 2 and cluster.config == {**BEFORE, CHANGE: name}
 
 
 def test_where_nothing_runs_nobody_is_asked(cluster: Cluster, control: ServeControl) -> None:
@@ -145,7 +197,7 @@ def test_where_nothing_runs_nobody_is_asked(cluster: Cluster, control: ServeCont
 
 def test_an_endpoint_elsewhere_is_asked_where_it_is(cluster: Cluster, control: ServeControl) -> None:
     with pytest.raises(DeployError, match=r"0 of 2 replicas told http://127\.0\.0\.1:9 "):
-        ServeControl(cluster.url, None, "http://127.0.0.1:9/v1").set_user_config(BEFORE, timeout_s=0.1)
+        ServeControl(cluster.url, None, "http://127.0.0.1:9/v1", 0, lambda: cluster.now).set_user_config(BEFORE, timeout_s=5)
 
 
 def test_a_replica_remembers_the_latest_changes_and_asks_nobody_about_others() -> None:

@@ -13,6 +13,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from altiplano import spec
+from altiplano.serve import messages as m
 from altiplano.serve.governance import Governance
 from altiplano.serve.keys import KeyFile, Scope
 from altiplano.serve.page import POLICY
@@ -132,19 +133,27 @@ def test_a_conversation_goes_on_with_the_keyboard_alone(page: Page, server: Serv
 
 @needs_browser
 def test_escape_stops_both_and_the_engine_hears_it(page: Page, server: Server) -> None:
-    # With this seed and heat, both talk until their context ends. Escape comes when both have begun: neither waits for the other.
-    page.locator("summary").click()
-    for field, value in (("max-tokens", "400"), ("temperature", "2"), ("seed", "5")):
-        page.locator(f"#{field}").fill(value)
+    client = server.generator.client
+
+    async def first_words() -> None:
+        said = [m.Token(name, server.generator.tokenizer.token_to_id("M")) for name in client._streams]
+        await client._take(m.Step(said))
+
     page.locator("#prompt").fill("Talk.")
-    page.evaluate("""() => new MutationObserver(() => {
-        const said = [...document.querySelectorAll(".assistant")].map((p) => p.textContent.length);
-        if (said.length === 2 && Math.min(...said) > 0)
-          document.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape", bubbles: true }));
-      }).observe(document.querySelector(".columns"), { subtree: true, characterData: true })""")
-    page.keyboard.press("Control+Enter")
-    expect(page.locator("#announce")).to_have_text("A stopped, B stopped")
-    expect(page.locator("#stop")).to_be_disabled()
+    # The engine stands still, and its first words are said for it: no answer can end before Escape comes.
+    with server.stopped():
+        page.keyboard.press("Control+Enter")
+        server.until(lambda: len(client._streams) == 2)  # neither waits for the other
+        server.run(first_words())
+        expect(page.locator(".assistant")).to_have_text(["M", "M"])
+        page.keyboard.press("Escape")
+        expect(page.locator("#announce")).to_have_text("A stopped, B stopped")
+        expect(page.locator("#stop")).to_be_disabled()
+        expect(page.locator(".assistant")).to_have_text(["M", "M"])  # what was said stays
+        server.until(lambda: not client._streams)
+    # The engine answers in order: it has read both requests, and that nobody waits for them.
+    stats = server.run(client.stats())
+    assert (stats["num_running"], stats["num_waiting"]) == (0, 0)
     expect(page.locator('[data-value="running"]')).to_have_text("0")
 
 

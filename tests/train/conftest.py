@@ -13,6 +13,14 @@ from altiplano import spec
 from altiplano.data import Prepared, prepare
 from altiplano.models.loading import load_tokenizer
 
+# What Ray warns of itself: once a process about settings that nobody has set, and where its sockets and processes, or those of tests before,
+# are collected, which may be in any module.
+RAY = (
+    r"ignore:`use_\w+` is deprecated:DeprecationWarning:ray\.data\.context",
+    "ignore:unclosed:ResourceWarning",
+    "ignore:subprocess .* is still running:ResourceWarning",
+)
+
 
 class Nowhere:
     """A sink that keeps nothing: metrics of other processes are read from results."""

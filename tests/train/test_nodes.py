@@ -17,12 +17,10 @@ from altiplano import spec
 from altiplano.data import Prepared
 from altiplano.train import TrainResult, fit
 
-from .conftest import Nowhere, pipeline
+from .conftest import RAY, Nowhere, pipeline
 
 pytestmark = [
-    pytest.mark.filterwarnings(
-        "ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::ResourceWarning"
-    ),
+    pytest.mark.filterwarnings(*RAY),
     pytest.mark.timeout(500),
 ]
 PreparedData = tuple[Path, Prepared]

@@ -13,7 +13,6 @@ from altiplano.train.worker import Curve
 
 from .conftest import Nowhere, pipeline
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 PreparedData = tuple[Path, Prepared]
 
 
@@ -35,6 +34,25 @@ def test_the_loss_falls(rows: Path, prepared: PreparedData, tmp_path: Path, sect
     trainer.train()
     assert trainer.held_out_loss(prepared[1].eval) < before - 0.5
     assert trainer.tokens_seen == sum(len(example.input_ids) for example in prepared[1].train)
+
+
+def test_an_evaluation_leaves_the_gradients_of_a_4_bit_base_as_they_are(
+    prepared: PreparedData, rows: Path, tmp_path: Path
+) -> None:
+    """bitsandbytes would pack the weights for inference, where the CPU can, and the product of packed ones has no gradients."""
+    four_bits = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"}
+    trainer = build_trainer(pipeline(rows, model=four_bits), prepared[1].train, tmp_path, Nowhere())
+    ids = torch.arange(10, 40)[None]
+
+    def gradients() -> torch.Tensor:
+        trainer.model.train()
+        trainer.model.zero_grad()
+        trainer.model(input_ids=ids, labels=ids).loss.backward()
+        return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+
+    before = gradients()
+    trainer.held_out_loss(prepared[1].eval)
+    torch.testing.assert_close(gradients(), before)
 
 
 def test_micro_batches_do_not_change_the_step(rows: Path, prepared: PreparedData, tmp_path: Path) -> None:

@@ -11,12 +11,10 @@ from altiplano.models.manifest import verify_manifest
 from altiplano.train import TrainResult, fit
 from altiplano.train.checkpoint import newest_valid
 
-from .conftest import Nowhere, pipeline
+from .conftest import RAY, Nowhere, pipeline
 
 pytestmark = [
-    pytest.mark.filterwarnings(
-        "ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::ResourceWarning"
-    ),
+    pytest.mark.filterwarnings(*RAY),
     pytest.mark.timeout(400),
 ]
 PreparedData = tuple[Path, Prepared]

@@ -3,6 +3,7 @@
 Linux namespaces do it, which takes root. What is missing beside a real pod: cgroups, seccomp, the volumes, and KubeRay's init container.
 """
 
+import contextlib
 import functools
 import os
 import signal
@@ -18,7 +19,7 @@ USER = 10001
 # gVisor and Docker mount much below /, and each mount has its own flag.
 _START = """
 set -e
-tmp=$1 python=$2; shift 2
+tmp=$1 python=$2 root=$3; shift 3
 ip link set lo up
 until ip -o -4 addr show dev eth0 2>/dev/null | grep -q inet; do sleep 0.1; done
 mount --make-rprivate /
@@ -30,7 +31,13 @@ if ! setpriv --reuid USER --clear-groups test -x "$python/bin"; then
   mkdir -p "$python"
   mount --bind "$tmp/python" "$python"
 fi
-mount --bind "$tmp" /tmp
+# A checkout below the /tmp that the pod's own will hide.
+if [[ $root == /tmp/* ]]; then
+  mkdir -p "$tmp/${root#/tmp/}"
+  mount --rbind "$root" "$tmp/${root#/tmp/}"
+  mount -o remount,ro,bind "$tmp/${root#/tmp/}"
+fi
+mount --rbind "$tmp" /tmp
 awk '$2 !~ "^/(proc|sys|dev|tmp)(/|$)" {print $2}' /proc/mounts | sort -u | while read -r place; do
   mount -o remount,ro,bind "$place" 2>/dev/null || true
 done
@@ -60,7 +67,7 @@ class Pod:
             "HOME": "/home/altiplano",
             **environment,
         }
-        script = ["bash", "-c", _START, "pod", str(folder), sys.base_prefix, *command]
+        script = ["bash", "-c", _START, "pod", str(folder), sys.base_prefix, str(ROOT), *command]
         with (folder / "log").open("wb") as log:
             self._process = subprocess.Popen(
                 ["unshare", "-n", "unshare", "-mpf", "--mount-proc", *script],
@@ -73,10 +80,11 @@ class Pod:
     def wait_until_it_runs(self) -> None:
         """Its file systems are in place and its first process is the image's user."""
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            status = Path(f"/proc/{self.pid}/status").read_text()
-            if f"Uid:\t{USER}" in status:
-                return
+        while time.monotonic() < deadline and self._process.poll() is None:
+            with contextlib.suppress(FileNotFoundError):  # it has ended a moment ago
+                status = Path(f"/proc/{self.pid}/status").read_text()
+                if f"Uid:\t{USER}" in status:
+                    return
             time.sleep(0.1)
         raise AssertionError(f"the pod did not start: {self.log()}")
 
