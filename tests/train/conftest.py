@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from altiplano import spec
 from altiplano.data import Prepared, prepare
 from altiplano.models.loading import load_tokenizer
+from altiplano.models.manifest import MANIFEST, ManifestError, verify_manifest
+from altiplano.train.checkpoint import PREFIX
 
 # What Ray warns of itself: once a process about settings that nobody has set, and where its sockets and processes, or those of tests before,
 # are collected, which may be in any module.
@@ -45,6 +48,16 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = "".join(json.dumps({"messages": [{"role": r, "content": c} for r, c in row]}) + "\n" for row in turns)
         (directory / f"{name}.jsonl").write_text(text)
     return directory
+
+
+def whole_steps(run_dir: Path) -> list[int]:
+    """Steps whose checkpoints can be gone on from. An upload's files come in any order: a manifest alone says nothing."""
+    steps = []
+    for manifest in run_dir.glob(f"{PREFIX}*/{MANIFEST}"):
+        with suppress(ManifestError, FileNotFoundError):
+            verify_manifest(manifest.parent)
+            steps.append(int(manifest.parent.name.removeprefix(PREFIX)))
+    return steps
 
 
 def pipeline(rows: Path, **sections: Any) -> spec.Pipeline:

@@ -17,7 +17,7 @@ from altiplano import spec
 from altiplano.data import Prepared
 from altiplano.train import TrainResult, fit
 
-from .conftest import RAY, Nowhere, pipeline
+from .conftest import RAY, Nowhere, pipeline, whole_steps
 
 pytestmark = [
     pytest.mark.filterwarnings(*RAY),
@@ -59,8 +59,7 @@ def wait_for_checkpoint(run_dir: Path, alive: Callable[[], bool], *, regular: bo
     """Until there is a whole checkpoint that was (not) made on schedule; False when the run ends without one."""
     pause = threading.Event()
     while alive():
-        steps = [int(p.parent.name.removeprefix("step-")) for p in run_dir.glob("step-*/manifest.sha256.json")]
-        if any((step % SAVE_STEPS == 0) is regular for step in steps):
+        if any((step % SAVE_STEPS == 0) is regular for step in whole_steps(run_dir)):
             return True
         pause.wait(0.05)
     return False

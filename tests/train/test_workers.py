@@ -1,17 +1,19 @@
 """Ray Train: the same run for any number of workers, with workers that die and checkpoints that are damaged."""
 
+import shutil
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
 from altiplano.data import Prepared
-from altiplano.models.manifest import verify_manifest
+from altiplano.models.manifest import MANIFEST, verify_manifest
 from altiplano.train import TrainResult, fit
 from altiplano.train.checkpoint import newest_valid
 
-from .conftest import RAY, Nowhere, pipeline
+from .conftest import RAY, Nowhere, pipeline, whole_steps
 
 pytestmark = [
     pytest.mark.filterwarnings(*RAY),
@@ -48,6 +50,16 @@ def test_one_worker_and_two_learn_the_same(
     assert verify_manifest(two.adapter_dir)
 
 
+def training_workers() -> list[psutil.Process]:
+    """Of all that Ray has started; processes that end while they are looked at are none."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "RayTrainWorker" in " ".join([process.name(), *process.cmdline()]):
+                found.append(process)
+    return found
+
+
 def test_a_run_whose_worker_is_killed_ends_as_if_nothing_had_happened(
     cluster: None, rows: Path, prepared: PreparedData, two_workers: tuple[Path, TrainResult], tmp_path: Path
 ) -> None:
@@ -55,15 +67,11 @@ def test_a_run_whose_worker_is_killed_ends_as_if_nothing_had_happened(
 
     def kill_one() -> None:
         pause = threading.Event()
-        while not list((tmp_path / "test").glob("step-*/manifest.sha256.json")):
+        while not whole_steps(tmp_path / "test"):
             pause.wait(0.05)
-        workers = [
-            p
-            for p in psutil.Process().children(recursive=True)
-            if "RayTrainWorker" in p.name() or "RayTrainWorker" in " ".join(p.cmdline())
-        ]
-        workers[-1].kill()
-        killed.append(workers[-1].pid)
+        victim = training_workers()[-1]
+        victim.kill()
+        killed.append(victim.pid)
 
     threading.Thread(target=kill_one, daemon=True).start()
     result = run(rows, prepared, tmp_path, 2)
@@ -75,12 +83,19 @@ def test_a_run_whose_worker_is_killed_ends_as_if_nothing_had_happened(
     assert dict(result.loss_curve) == pytest.approx(dict(expected.loss_curve), abs=1e-4)
 
 
-def test_a_damaged_checkpoint_is_passed_over(two_workers: tuple[Path, TrainResult]) -> None:
-    run_dir = two_workers[0] / "test"
-    newest, before = sorted(run_dir.glob("step-*"), reverse=True)[:2]
+def test_damaged_checkpoints_are_passed_over(two_workers: tuple[Path, TrainResult], tmp_path: Path) -> None:
+    run_dir = tmp_path / "test"
+    shutil.copytree(two_workers[0] / "test", run_dir)
+    newest, before = sorted(run_dir.glob("step-*"), reverse=True)
     assert newest_valid(run_dir) == newest
-    file = newest / "adapter_model.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
+    damage(newest / "adapter_model.safetensors")
     assert newest_valid(run_dir) == before
+    damage(before / MANIFEST)
+    assert newest_valid(run_dir) is None
+
+
+def damage(file: Path) -> None:
+    """Every bit of the last byte: no longer text either."""
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 0xFF
+    file.write_bytes(data)

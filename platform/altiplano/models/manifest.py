@@ -43,9 +43,9 @@ def verify_manifest(directory: Path) -> str:
     Raises:
         ManifestError: no manifest, a file missing, changed, or present without being listed.
     """
-    text = _read(directory)
+    written = _read(directory)
     try:
-        listed: dict[str, str] = json.loads(text)["files"]
+        listed: dict[str, str] = json.loads(written)["files"]
     except (ValueError, KeyError, TypeError) as error:
         raise ManifestError(f"{directory / MANIFEST} cannot be read ({error}): use another copy of this directory") from error
     found = {str(p.relative_to(directory)) for p in _members(directory)}
@@ -58,7 +58,7 @@ def verify_manifest(directory: Path) -> str:
             raise ManifestError(
                 f"{directory / name} does not match its sha256: the file was damaged or changed; use another copy"
             )
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(written).hexdigest()
 
 
 def manifest_digest(directory: Path) -> str:
@@ -67,16 +67,16 @@ def manifest_digest(directory: Path) -> str:
     Raises:
         ManifestError: no manifest.
     """
-    return hashlib.sha256(_read(directory).encode()).hexdigest()
+    return hashlib.sha256(_read(directory)).hexdigest()
 
 
-def _read(directory: Path) -> str:
-    path = directory / MANIFEST
-    if not path.is_file():
+def _read(directory: Path) -> bytes:
+    try:
+        return (directory / MANIFEST).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
         raise ManifestError(
             f"{directory} has no {MANIFEST}: it was not written by Altiplano, or the write did not finish; use another copy"
-        )
-    return path.read_text()
+        ) from None
 
 
 def _members(directory: Path) -> list[Path]:
