@@ -4,11 +4,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 from conftest import HEAD_POD, Ran
 from stand_in import FullCluster
 
-from altiplano.cluster import local_ray, processes
+from altiplano.cluster import jobs, local_ray, processes
 
 Altiplano = Callable[..., Ran]
 
@@ -102,3 +103,20 @@ def test_a_cluster_that_does_not_answer_is_named_within_seconds(
     assert lost.code == 4 and "does not answer" in lost.err and "kubectl cluster-info" in lost.err
     wrong = altiplano("jobs", "list", "--context", "elsewhere")
     assert wrong.code == 2 and "kubectl config get-contexts" in wrong.err
+
+
+def test_a_head_that_has_no_agent_yet_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that has just started on a busy machine, which answers so after ten seconds."""
+    late = "Traceback (most recent call last):\nTimeoutError: Failed to get head node agent within 10 seconds. The last exception is None"
+    answers = [
+        httpx.Response(500, text=late),
+        httpx.Response(500, text=late),
+        httpx.Response(200, json={"submission_id": "greeting"}),
+    ]
+    monkeypatch.setattr(jobs, "POLL_S", 0)
+    with jobs.RayJobs("http://127.0.0.1:9", None) as ray_jobs:
+        ray_jobs._http = httpx.Client(base_url="http://head", transport=httpx.MockTransport(lambda request: answers.pop(0)))
+        assert ray_jobs.submit("true") == "greeting" and not answers
+        answers.append(httpx.Response(500, text="Traceback\nValueError: no such entrypoint"))
+        with pytest.raises(jobs.JobRefusedError, match="no such entrypoint"):
+            ray_jobs.submit("true")
