@@ -29,9 +29,12 @@ logger = logging.getLogger(__name__)
 
 
 def client(tracking_uri: str) -> MlflowClient:
-    """A client that gives up in seconds: whoever calls has a spool or a message for the user."""
+    """A client that gives up within a minute: whoever calls has a spool or a message for the user.
+
+    Not in less: it asks again after silence, and a slow server that was asked twice opens two runs.
+    """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     return MlflowClient(tracking_uri)
 
 
