@@ -24,7 +24,7 @@ from .conftest import RAY, Held, Nowhere, node_arguments, pipeline, whole_steps
 
 pytestmark = [
     pytest.mark.filterwarnings(*RAY),
-    pytest.mark.timeout(500),
+    pytest.mark.timeout(1200),
 ]
 PreparedData = tuple[Path, Prepared]
 SAVE_STEPS = 7

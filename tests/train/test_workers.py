@@ -17,7 +17,7 @@ from .conftest import RAY, Held, Nowhere, pipeline, whole_steps
 
 pytestmark = [
     pytest.mark.filterwarnings(*RAY),
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(1200),
 ]
 PreparedData = tuple[Path, Prepared]
 
