@@ -150,10 +150,9 @@ def _check_pages(uri: str, pictures: Path) -> None:
     if mlflow_pages.CHROMIUM is None:
         not_here("no Chromium: install the package chromium, or set CHROMIUM to its path")
         return
-    seen = mlflow_pages.look(uri, "tiny", "tiny", pictures)
-    for name in (*STAGES, "pipeline-tiny-", "learning_rate="):
-        assert name in seen.runs
-    assert "Version 1" in seen.model and "adapter_digest" in seen.model
+    runs, model = [*STAGES, "pipeline-tiny-", "learning_rate="], ["Version 1", "adapter_digest"]
+    seen = mlflow_pages.look(uri, "tiny", "tiny", pictures, runs, model)
+    assert all(name in seen.runs for name in runs) and all(name in seen.model for name in model)
 
 
 def _check_endpoint(url: str, question: str) -> None:
