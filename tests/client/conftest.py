@@ -95,7 +95,10 @@ def serve_app(app: Any) -> Iterator[str]:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         sock.listen(128)  # from here on nobody is turned away, however long the thread takes
-        running = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=5))
+        # No connection is closed while it is idle: a request that is just about to use it would fail.
+        running = uvicorn.Server(
+            uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=5, timeout_keep_alive=600)
+        )
         thread = threading.Thread(target=lambda: asyncio.run(running.serve([sock])))
         thread.start()
         yield f"http://127.0.0.1:{sock.getsockname()[1]}/v1"

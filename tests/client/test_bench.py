@@ -16,7 +16,7 @@ import pytest
 
 from altiplano.client import Endpoint, EndpointGoneError, RefusedError
 from altiplano.client.bench.load import Record, run_load
-from altiplano.client.bench.plan import Arrivals, Backend, DataSet, DataSetName, Plan, run_plan
+from altiplano.client.bench.plan import CONNECT_TIMEOUT_S, Arrivals, Backend, DataSet, DataSetName, Plan, run_plan
 from altiplano.client.bench.samples import custom_samples, prefix_repetition_samples, random_samples, trace_samples
 
 from ..serve.conftest import Server
@@ -90,7 +90,7 @@ def streaming() -> Iterator[Streaming]:
 
 def load(url: str, count: int, max_concurrency: int | None = None) -> list[Record]:
     async def main() -> list[Record]:
-        async with Endpoint(url).open(None) as client:
+        async with Endpoint(url).open(None, CONNECT_TIMEOUT_S) as client:
             bodies = [{"model": "cria", "prompt": "x", "number": i} for i in range(count)]
             return (
                 await run_load(client, "chat/completions", bodies, [0.001 * i for i in range(count)], max_concurrency)

@@ -4,11 +4,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 from conftest import HEAD_POD, Ran
 from stand_in import FullCluster
 
-from altiplano.cluster import local_ray, processes
+from altiplano.cluster import jobs, local_ray, processes
 
 Altiplano = Callable[..., Ran]
 
@@ -33,7 +34,7 @@ def test_a_job_runs_with_the_files_of_a_directory(running: FullCluster, altiplan
     followed = altiplano("jobs", "logs", "--follow", "greeting")
     assert "hello llama" in followed.out
     assert followed.code == 7, "the code of the command is that of the job"
-    (job,) = json.loads(altiplano("jobs", "list", "-o", "json").out)["jobs"]
+    (job,) = [job for job in json.loads(altiplano("jobs", "list", "-o", "json").out)["jobs"] if job["id"] == "greeting"]
     assert (job["id"], job["status"], job["entrypoint"]) == ("greeting", "FAILED", "python task.py")
     assert "hello llama" in altiplano("jobs", "logs", "greeting").out
     again = altiplano("jobs", "submit", "--name", "greeting", "--", "true")
@@ -42,6 +43,7 @@ def test_a_job_runs_with_the_files_of_a_directory(running: FullCluster, altiplan
 
 def test_a_job_is_stopped_and_a_dry_run_starts_nothing(running: FullCluster, altiplano: Altiplano, tmp_path: Path) -> None:
     (tmp_path / "data.bin").write_bytes(b"x" * 2048)
+    before = {job["id"] for job in json.loads(altiplano("jobs", "list", "-o", "json").out)["jobs"]}
     planned = altiplano("jobs", "submit", "--dry-run", "-o", "json", "--working-dir", str(tmp_path), "--", "sleep", "600")
     assert json.loads(planned.out)["upload_bytes"] > 0
     altiplano("jobs", "submit", "--name", "sleeper", "--", "sleep", "600")
@@ -51,7 +53,7 @@ def test_a_job_is_stopped_and_a_dry_run_starts_nothing(running: FullCluster, alt
     ended = altiplano("jobs", "logs", "-f", "sleeper")
     assert ended.code == 1 and "STOPPED" in ended.err
     listed = {job["id"]: job["status"] for job in json.loads(altiplano("jobs", "list", "-o", "json").out)["jobs"]}
-    assert listed["sleeper"] == "STOPPED" and len([name for name in listed if name.startswith("job-")]) == 0
+    assert listed["sleeper"] == "STOPPED" and set(listed) == {*before, "sleeper"}
     unknown = altiplano("jobs", "logs", "nobody")
     assert unknown.code == 2 and "no job nobody" in unknown.err
 
@@ -102,3 +104,20 @@ def test_a_cluster_that_does_not_answer_is_named_within_seconds(
     assert lost.code == 4 and "does not answer" in lost.err and "kubectl cluster-info" in lost.err
     wrong = altiplano("jobs", "list", "--context", "elsewhere")
     assert wrong.code == 2 and "kubectl config get-contexts" in wrong.err
+
+
+def test_a_head_that_has_no_agent_yet_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that has just started on a busy machine, which answers so after ten seconds."""
+    late = "Traceback (most recent call last):\nTimeoutError: Failed to get head node agent within 10 seconds. The last exception is None"
+    answers = [
+        httpx.Response(500, text=late),
+        httpx.Response(500, text=late),
+        httpx.Response(200, json={"submission_id": "greeting"}),
+    ]
+    monkeypatch.setattr(jobs, "POLL_S", 0)
+    with jobs.RayJobs("http://127.0.0.1:9", None) as ray_jobs:
+        ray_jobs._http = httpx.Client(base_url="http://head", transport=httpx.MockTransport(lambda request: answers.pop(0)))
+        assert ray_jobs.submit("true") == "greeting" and not answers
+        answers.append(httpx.Response(500, text="Traceback\nValueError: no such entrypoint"))
+        with pytest.raises(jobs.JobRefusedError, match="no such entrypoint"):
+            ray_jobs.submit("true")

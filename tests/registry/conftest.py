@@ -64,7 +64,10 @@ def database() -> Iterator[str]:
     subprocess.run([*control, "initdb", "-o", "-A trust -U altiplano"], check=True, capture_output=True, cwd="/")
     options = f"-p {port} -k {directory} -h 127.0.0.1 -c fsync=off"
     subprocess.run(
-        [*control, "-l", str(directory / "log"), "-o", options, "-w", "start"], check=True, stdout=subprocess.DEVNULL, cwd="/"
+        [*control, "-l", str(directory / "log"), "-o", options, "-w", "-t", "240", "start"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        cwd="/",
     )
     yield f"postgresql+psycopg://altiplano@127.0.0.1:{port}/postgres"
     subprocess.run([*control, "-m", "immediate", "stop"], check=True, capture_output=True, cwd="/")

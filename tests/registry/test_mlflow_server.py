@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 
 from altiplano.cluster.processes import free_port
 from altiplano.models.manifest import ManifestError, write_manifest
-from altiplano.registry import LateSink, MlflowSink, ModelRegistry, RegistryUnavailableError, Tracker
+from altiplano.registry import LateSink, MlflowSink, ModelRegistry, RegistryUnavailableError, Tracker, spool
 from altiplano.registry.server import MlflowServerError, ServerInfo, start_server
 
 from .conftest import lineage, stop
@@ -98,6 +98,19 @@ def test_what_a_killed_process_measured_is_sent_by_the_next_one(server: ServerIn
     history = MlflowClient(server.uri).get_metric_history(run.run_id, "train/loss")
     assert [(m.step, m.value) for m in history] == [(step, 5.0 - step) for step in range(5)]
     assert not left.exists()
+
+
+def test_what_another_process_sends_first_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.jsonl").write_text('{"run_id": "r", "uri": "http://127.0.0.1:9", "tags": {}}\n')
+
+    def send(*_: object) -> bool:
+        for path in tmp_path.iterdir():
+            path.unlink()
+        return True
+
+    monkeypatch.setattr(spool, "_send", send)
+    assert spool.replay(tmp_path, "http://127.0.0.1:9") == 1
 
 
 def test_measurements_wait_while_the_server_is_away(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Small prepared data on cria, and one Ray for all runs."""
 
 import json
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import pytest
 import ray
 import torch
+from ray.cluster_utils import Cluster
 
 from altiplano import spec
+from altiplano.cluster.processes import free_port
 from altiplano.data import Prepared, prepare
 from altiplano.models.loading import load_tokenizer
 from altiplano.models.manifest import MANIFEST, ManifestError, verify_manifest
@@ -33,6 +36,23 @@ class Nowhere:
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         return None
+
+
+class Held(Nowhere):
+    """Stops the run at the first loss after step `after`, until the file `free` is there: what a test does to a run that goes on
+    cannot come too late. A checkpoint of that step is still uploaded."""
+
+    def __init__(self, free: Path, after: int) -> None:
+        self._free, self._after = free, after
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        if step == self._after + 1:
+            self.hold()
+
+    def hold(self, heard: Callable[[], bool] = lambda: False) -> None:
+        pause = threading.Event()
+        while not (self._free.exists() or heard()):
+            pause.wait(0.05)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -85,15 +105,33 @@ def prepared(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return directory, found
 
 
+def free_ports() -> Iterator[int]:
+    """Ports that differ from one another, though nobody listens on them yet."""
+    given = set[int]()
+    while True:
+        port = free_port()
+        if port not in given:
+            given.add(port)
+            yield port
+
+
+_ports = free_ports()
+
+
+def node_arguments(num_cpus: int) -> dict[str, Any]:
+    """A node of Ray. A raylet that has to be told ports by its agents dies when they need 15 s to start, as on a busy machine."""
+    names = ("dashboard_agent_listen_port", "metrics_agent_port", "metrics_export_port", "runtime_env_agent_port")
+    return {"num_cpus": num_cpus, **{name: next(_ports) for name in names}}
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     environment = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
-    patch = pytest.MonkeyPatch()
-    for name, value in environment.items():
-        patch.setenv(name, value)
-    ray.init(
-        num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False, runtime_env={"env_vars": environment}
-    )
-    yield
-    ray.shutdown()
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        made = Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **node_arguments(4)})
+        ray.init(address=made.address, logging_level="ERROR", log_to_driver=False, runtime_env={"env_vars": environment})
+        yield
+        ray.shutdown()
+        made.shutdown()

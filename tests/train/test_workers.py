@@ -13,21 +13,24 @@ from altiplano.models.manifest import MANIFEST, verify_manifest
 from altiplano.train import TrainResult, fit
 from altiplano.train.checkpoint import newest_valid
 
-from .conftest import RAY, Nowhere, pipeline, whole_steps
+from .conftest import RAY, Held, Nowhere, pipeline, whole_steps
 
 pytestmark = [
     pytest.mark.filterwarnings(*RAY),
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(1200),
 ]
 PreparedData = tuple[Path, Prepared]
 
 
-def run(rows: Path, prepared: PreparedData, out: Path, workers: int) -> TrainResult:
+SAVE_STEPS = 4
+
+
+def run(rows: Path, prepared: PreparedData, out: Path, workers: int, sink: Nowhere | None = None) -> TrainResult:
     return fit(
-        pipeline(rows, scaling={"num_workers": workers}, training={"num_train_epochs": 2}),
+        pipeline(rows, scaling={"num_workers": workers}, training={"num_train_epochs": 2, "save_steps": SAVE_STEPS}),
         prepared[0],
         out,
-        sink=Nowhere(),
+        sink=sink or Nowhere(),
         name="test",
     )
 
@@ -63,18 +66,27 @@ def training_workers() -> list[psutil.Process]:
 def test_a_run_whose_worker_is_killed_ends_as_if_nothing_had_happened(
     cluster: None, rows: Path, prepared: PreparedData, two_workers: tuple[Path, TrainResult], tmp_path: Path
 ) -> None:
-    killed = list[int]()
+    free, over, killed, earlier = tmp_path / "free", threading.Event(), list[int](), training_workers()
 
     def kill_one() -> None:
-        pause = threading.Event()
         while not whole_steps(tmp_path / "test"):
-            pause.wait(0.05)
-        victim = training_workers()[-1]
-        victim.kill()
-        killed.append(victim.pid)
+            if over.wait(0.05):
+                return
+        try:
+            # Those of the run before may not have gone yet.
+            victim = [worker for worker in training_workers() if worker not in earlier][-1]
+            victim.kill()
+            killed.append(victim.pid)
+        finally:
+            free.touch()
 
-    threading.Thread(target=kill_one, daemon=True).start()
-    result = run(rows, prepared, tmp_path, 2)
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    try:
+        result = run(rows, prepared, tmp_path, 2, Held(free, after=SAVE_STEPS))
+    finally:
+        over.set()
+        killer.join()
     assert killed
     assert result.resumed_from > 0, "it went on from a checkpoint"
     expected = two_workers[1]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from altiplano import spec
     from altiplano.pipeline.workspace import Workspace
 
+DRIVER = [sys.executable, "-m", "altiplano.pipeline.driver"]
 WorkspaceOption = Annotated[Path, typer.Option("--workspace", "-w", help="Directory of runs and services (run.storage_path).")]
 
 
@@ -92,7 +93,7 @@ def _start_driver(pipeline: "spec.Pipeline", workspace: "Workspace") -> subproce
 
     with workspace.log_file.open("a") as log:
         driver = subprocess.Popen(
-            [sys.executable, "-m", "altiplano.pipeline.driver"],
+            DRIVER,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

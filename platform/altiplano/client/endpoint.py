@@ -8,7 +8,7 @@ import httpx
 from altiplano.client.errors import EndpointGoneError, refused
 
 DEFAULT_URL = "http://127.0.0.1:8000/v1"
-CONNECT_TIMEOUT_S = 5.0
+CONNECT_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,13 @@ import httpx
 from altiplano.cluster.jobs_package import Package
 
 DASHBOARD_PORT = 8265
-ANSWER_TIMEOUT_S = 15.0
+ANSWER_TIMEOUT_S = 60.0
 UPLOAD_TIMEOUT_S = 300.0
 FINAL = ("SUCCEEDED", "FAILED", "STOPPED")
 POLL_S = 0.5
+HEARTBEAT_S = 60.0  # a followed stream is given up when half of this passes without an answer to it
+# A head that has just started has no agent that could run a job. Ray waits 10 s for it, which a busy machine may not keep.
+NO_AGENT, AGENT_TIMEOUT_S = "Failed to get head node agent", 120.0
 
 
 class RayUnreachableError(ConnectionError):
@@ -93,8 +96,15 @@ class RayJobs:
             "entrypoint_resources": dict(resources) if resources else None,
         }
         body = {key: value for key, value in asked.items() if value is not None}
-        started: str = self._request("POST", "/api/jobs/", json=body).json()["submission_id"]
-        return started
+        deadline = time.monotonic() + AGENT_TIMEOUT_S
+        while True:
+            try:
+                started: str = self._request("POST", "/api/jobs/", json=body).json()["submission_id"]
+                return started
+            except JobRefusedError as error:
+                if NO_AGENT not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(POLL_S)
 
     def list(self) -> list[Job]:
         """All jobs that were submitted, the newest first."""
@@ -151,7 +161,9 @@ class RayJobs:
         try:
             async with (
                 aiohttp.ClientSession(headers=self._headers) as session,
-                session.ws_connect(f"{self._address}/api/jobs/{job_id}/logs/tail", heartbeat=30, max_msg_size=0) as stream,
+                session.ws_connect(
+                    f"{self._address}/api/jobs/{job_id}/logs/tail", heartbeat=HEARTBEAT_S, max_msg_size=0
+                ) as stream,
             ):
                 async for message in stream:
                     if message.type is aiohttp.WSMsgType.TEXT:

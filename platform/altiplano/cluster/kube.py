@@ -18,7 +18,7 @@ Object = dict[str, Any]
 
 FIELD_MANAGER = "altiplano"
 CONNECT_TIMEOUT_S = 4.0
-READ_TIMEOUT_S = 15.0
+READ_TIMEOUT_S = 60.0  # the server itself gives a request no longer
 # A followed log may be silent for long.
 FOLLOW_TIMEOUT_S = 24 * 3600.0
 

@@ -135,6 +135,7 @@ def _command(head: RayHead, num_cpus: int) -> list[str]:
     options = {
         "port": head.address.rsplit(":", 1)[1],
         "node-ip-address": "127.0.0.1",
+        "include-dashboard": "true",  # or a head whose dashboard did not come up in time counts as started
         "dashboard-host": "127.0.0.1",
         "dashboard-port": head.dashboard.rsplit(":", 1)[1],
         "dashboard-agent-listen-port": str(processes.free_port()),

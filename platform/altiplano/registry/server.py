@@ -11,6 +11,8 @@ from pathlib import Path
 import httpx
 
 START_TIMEOUT_S = 120.0
+# A server that is not there refuses at once; one that stands still on a busy machine must not be taken for gone.
+ANSWER_TIMEOUT_S = 30.0
 # Servers outlive us on purpose; without this reference Python warns that they are still running.
 _detached: list[subprocess.Popen[bytes]] = []
 
@@ -72,8 +74,8 @@ def _check_port(port: int) -> None:
 
 
 def is_healthy(uri: str) -> bool:
-    """Whether an MLflow server answers at `uri` within two seconds."""
+    """Whether an MLflow server answers at `uri`."""
     try:
-        return httpx.get(f"{uri}/health", timeout=2).status_code == 200
+        return httpx.get(f"{uri}/health", timeout=ANSWER_TIMEOUT_S).status_code == 200
     except httpx.HTTPError:
         return False

@@ -5,6 +5,7 @@ unlocked, on whatever machine it ran, and sent by the next one (`replay`). Sendi
 metrics, params and tags once.
 """
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -29,9 +30,12 @@ logger = logging.getLogger(__name__)
 
 
 def client(tracking_uri: str) -> MlflowClient:
-    """A client that gives up in seconds: whoever calls has a spool or a message for the user."""
+    """A client that gives up within a minute: whoever calls has a spool or a message for the user.
+
+    Not in less: it asks again after silence, and a slow server that was asked twice opens two runs.
+    """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     return MlflowClient(tracking_uri)
 
 
@@ -103,19 +107,27 @@ def replay(directory: Path, tracking_uri: str) -> int:
     Entries go where their process would have sent them, or to `tracking_uri` when the server of their run has moved there.
     """
     done = 0
-    for path in sorted(directory.glob("*.jsonl"), key=lambda p: p.stat().st_mtime):
-        with path.open("r+") as stream:
+    for path in _oldest_first(directory):
+        with contextlib.suppress(FileNotFoundError), path.open("r+") as stream:  # another process may have sent it meanwhile
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue  # its writer lives, or somebody else is sending it
             entries = [json.loads(line) for line in stream.read().splitlines() if line.endswith("}")]
-            if not entries and time.time() - path.stat().st_mtime < YOUNG_S:
+            if not entries and time.time() - os.fstat(stream.fileno()).st_mtime < YOUNG_S:
                 continue  # its writer may be about to lock it
             if not entries or _send(client(entries[0]["uri"]), entries) or _send_moved(client(tracking_uri), entries):
                 path.unlink(missing_ok=True)
                 done += bool(entries)
     return done
+
+
+def _oldest_first(directory: Path) -> list[Path]:
+    written = dict[Path, float]()
+    for path in directory.glob("*.jsonl"):
+        with contextlib.suppress(FileNotFoundError):
+            written[path] = path.stat().st_mtime
+    return sorted(written, key=lambda path: written[path])
 
 
 def _send_moved(to: MlflowClient, entries: list[dict[str, Any]]) -> bool:

@@ -166,7 +166,7 @@ def _holds(context: Context, record: Record) -> bool:
         return True
     try:
         with _key(context) as headers:
-            response = httpx.get(f"{url}/models", headers=headers, timeout=5)
+            response = httpx.get(f"{url}/models", headers=headers, timeout=ANSWER_TIMEOUT_S)
         names = {entry["id"] for entry in response.json()["data"]}
     except (httpx.HTTPError, ValueError, KeyError):
         return False
