@@ -5,13 +5,16 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import ray
 import torch
 import uvicorn
 from openai import OpenAI
@@ -21,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from altiplano.data.templates import ChatTemplate
 from altiplano.models.cria import cria_path
 from altiplano.models.manifest import write_manifest
+from altiplano.serve import app, control, deployment, engine_client, evidence, experiment, observability
 from altiplano.serve.app import create_app
 from altiplano.serve.deployment import make_generator
 from altiplano.serve.generation import Generator
@@ -28,6 +32,7 @@ from altiplano.serve.governance import Governance
 from altiplano.serve.settings import ServeSettings
 
 PATIENCE_S = 120.0  # what takes longer has failed, on the busiest machine too
+PAUSING_ENGINE = [sys.executable, "-P", str(Path(__file__).parent / "pausing_engine.py")]
 
 
 def make_adapter(directory: Path, seed: int, base_path: Path | None = None) -> Path:
@@ -66,18 +71,33 @@ def settings(adapter: Path) -> ServeSettings:
     )
 
 
+def start_ray(num_cpus: int) -> None:
+    """A Ray of this process. Its own processes get 30 seconds from Ray, which a busy machine may not keep: then once more."""
+    for left in (2, 1, 0):
+        try:
+            ray.init(num_cpus=num_cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+            return
+        except Exception:
+            ray.shutdown()
+            if not left:
+                raise
+
+
 class Server:
     """uvicorn in a thread with an event loop of its own; `run` executes a coroutine there."""
 
     def __init__(self, wanted: ServeSettings, governance: Governance | None = None) -> None:
         self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread.start()
         self.generator: Generator = self.run(make_generator(wanted))
         sock = socket.socket()
         sock.bind(("127.0.0.1", 0))
         sock.listen(128)  # clients may come before uvicorn accepts
         self.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        config = uvicorn.Config(create_app(lambda: self.generator, governance), log_level="error", lifespan="off")
+        # No connection is closed at the moment at which its client, after a pause, sends the next request.
+        patience: dict[str, Any] = {"timeout_keep_alive": 10 * int(PATIENCE_S)}
+        config = uvicorn.Config(create_app(lambda: self.generator, governance), log_level="error", lifespan="off", **patience)
         self._uvicorn = uvicorn.Server(config)
         self._serving = asyncio.run_coroutine_threadsafe(self._uvicorn.serve([sock]), self.loop)
         self._sock = sock
@@ -106,12 +126,64 @@ class Server:
             with suppress(ProcessLookupError):  # it was started again meanwhile
                 os.kill(pid, signal.SIGCONT)
 
+    @contextmanager
+    def unending(self) -> Iterator[None]:
+        """Long answers that begin here get their first words, and do not end before this does.
+
+        The engine (see pausing_engine.py) hears commands all the time, and computes nothing.
+        """
+        client = self.generator.client
+        pid = client.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGUSR1)
+        try:
+            yield
+        finally:
+            if client.ready and client.pid == pid:  # it has not ended meanwhile
+                os.kill(pid, signal.SIGUSR2)
+                self.run(client.stats())  # it looks up when it is asked something
+
+    def leave(self, path: str, reached: Callable[[], bool], **request: Any) -> None:
+        """Ask (POST) and leave without an answer, as soon as something is so in the server."""
+
+        async def visit() -> None:
+            async with httpx.AsyncClient(base_url=self.url, timeout=PATIENCE_S) as http:
+                asking = asyncio.create_task(http.post(path, **request))
+                await asyncio.to_thread(self.until, reached)
+                assert not asking.done()
+                asking.cancel()
+                await asyncio.wait({asking})
+
+        asyncio.run(visit())
+
     def close(self) -> None:
         self._uvicorn.should_exit = True
-        self._serving.result(timeout=60)
+        self._serving.result(PATIENCE_S)
         self.run(self.generator.client.stop())
         self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
         self._sock.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patient() -> Iterator[None]:
+    """Nothing is given up because the machine is busy, and the engine can pause (see `Server.unending`).
+
+    A test of what becomes of something that does not answer sets the time that it waits itself.
+    """
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(engine_client, "COMMAND", PAUSING_ENGINE)
+        for module, name in (
+            (app, "HEALTH_TIMEOUT_S"),
+            (control, "REPLICA_TIMEOUT_S"),
+            (deployment, "STATS_TIMEOUT_S"),
+            (evidence, "TIMEOUT_S"),
+            (experiment, "LATE_AFTER_S"),
+            (observability, "STATS_TIMEOUT_S"),
+        ):
+            changed.setattr(module, name, PATIENCE_S)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,13 @@ def test_other_files_in_the_same_directory_too(server: Changing, adapter: Path, 
 def test_an_answer_ends_with_the_weights_that_it_began_with(server: Changing, second: Path) -> None:
     body = ASK | {"stream": True, "max_tokens": 300, "seed": 3, "temperature": 1}
     whole = server.ask(**(body | {"stream": False}))
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as stream:
-        lines = stream.iter_lines()
-        events = [next(lines)]
-        server.configure(orders_1=second)
-        assert server.loaded() == ["orders-1", "orders-1"], "both until the answer has ended"
+    with ExitStack() as asked:
+        with server.unending():
+            stream = asked.enter_context(httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60))
+            lines = stream.iter_lines()
+            events = [next(lines)]
+            server.configure(orders_1=second)
+            assert server.loaded() == ["orders-1", "orders-1"], "both until the answer has ended"
         events += [line for line in lines if line]
     assert events.pop() == "data: [DONE]"
     assert "".join(json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events) == whole
@@ -105,7 +108,7 @@ def test_a_change_with_one_bad_adapter_leaves_nothing_behind(server: Changing, s
     with pytest.raises(ValueError, match=str(bad)):
         server.configure(orders_2=second, orders_3=bad)
     assert server.loaded() == ["orders-1"] and server.ask() == words
-    assert "orders-2" not in httpx.get(f"{server.url}/v1/models").text
+    assert "orders-2" not in httpx.get(f"{server.url}/v1/models", timeout=60).text
 
 
 def make_foreign(directory: Path) -> None:

@@ -63,7 +63,7 @@ def test_completions(server: Server, more: dict[str, Any]) -> None:
 
 
 def test_models(server: Server) -> None:
-    body = httpx.get(f"{server.url}/v1/models").json()
+    body = httpx.get(f"{server.url}/v1/models", timeout=60).json()
     assert set(body) == {"object", "data"} and body["object"] == "list"
     for model in body["data"]:
         TypeAdapter(Model).validate_json(json.dumps(model), strict=True)

@@ -82,6 +82,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(guarded: Guarded) -> None:
 def test_a_client_that_leaves_before_its_body_is_complete_is_forgotten(guarded: Guarded) -> None:
     with connect(guarded) as connection:
         connection.sendall(head(guarded, 100) + b'{"model"')
+        guarded.until(lambda: guarded.governance.queue.size == 1)
     guarded.idle()
     assert guarded.busy() == 0
 
@@ -94,14 +95,15 @@ def test_clients_that_leave_free_their_pages_at_once(guarded: Guarded, body: dic
 
     before = generated()
     encoded = json.dumps(body).encode()
-    connections = [connect(guarded) for _ in range(16)]
-    for connection in connections:
-        connection.sendall(head(guarded, len(encoded)) + encoded)
+    with guarded.unending():
+        connections = [connect(guarded) for _ in range(16)]
+        for connection in connections:
+            connection.sendall(head(guarded, len(encoded)) + encoded)
 
-    guarded.until(lambda: generated() >= before + 16)
-    for connection in connections:
-        connection.close()
-    guarded.idle()
+        guarded.until(lambda: len(guarded.generator.client._streams) == 16 and generated() >= before + 16)
+        for connection in connections:
+            connection.close()
+        guarded.idle()
     assert guarded.busy() == 0
     assert generated() - before < 16 * 400  # nobody's answer was computed to its end
     used = guarded.run(guarded.generator.client.stats())

@@ -24,8 +24,9 @@ class FrontEnd:
     def __init__(self, connection: socket.socket) -> None:
         self._stream = connection.makefile("rwb")
 
-    def say(self, command: m.Command) -> None:
-        self._stream.write(m.frame(command))
+    def say(self, *commands: m.Command) -> None:
+        """All in one go."""
+        self._stream.write(b"".join(map(m.frame, commands)))
         self._stream.flush()
 
     def hear(self) -> m.Report:
@@ -95,8 +96,7 @@ def test_a_request_whose_grammar_is_being_tried_is_not_forgotten_by_sleep(
 ) -> None:
     """Its promise is kept with mode=wait, and with mode=abort it ends as the others do."""
     front, _ = process
-    front.say(add("good", 'start: "yes"'))
-    front.say(m.Sleep(7, 1, abort=abort))
+    front.say(add("good", 'start: "yes"'), m.Sleep(7, 1, abort=abort))
     first, second = front.hear(), front.hear()
     assert isinstance(first, m.Step) and second == m.Done(7)
     assert [token.finish_reason for token in first.tokens] == ["abort" if abort else "length"]

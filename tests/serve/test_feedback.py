@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Divided(Server):
         return httpx.post(f"{self.url}{path}", json=ASK | more, headers=headers, timeout=60)
 
     def sums(self) -> dict[str, Any]:
-        body = httpx.get(f"{self.url}/v1/ab").json()
+        body = httpx.get(f"{self.url}/v1/ab", timeout=60).json()
         assert body["object"] == "ab"
         found: dict[str, Any] = body["arms"]
         return found
@@ -122,7 +123,7 @@ def test_an_answer_that_ends_at_a_stop_string_is_a_success(tested: Divided, sess
 
 def test_metrics_and_prometheus_have_the_arm(tested: Divided, session_of: Callable[[str], str]) -> None:
     tested.ask(session=session_of("challenger"))
-    text = httpx.get(f"{tested.url}/metrics").text
+    text = httpx.get(f"{tested.url}/metrics", timeout=60).text
     assert 'altiplano_request_success_total{arm="challenger",finished_reason="length"' in text
 
 
@@ -131,7 +132,7 @@ def test_feedback_finds_its_arm_and_replaces_itself(tested: Divided, session_of:
     second = tested.ask(session=session_of("champion")).json()["id"]
 
     def rate(**body: Any) -> httpx.Response:
-        return httpx.post(f"{tested.url}/v1/feedback", json=body)
+        return httpx.post(f"{tested.url}/v1/feedback", json=body, timeout=60)
 
     assert rate(id=first, score=-1, comment="wrong street").json() == {"object": "feedback", "id": first, "score": -1.0}
     assert rate(id=first, rating="up").json()["score"] == 1.0
@@ -160,12 +161,13 @@ def test_weights_change_between_two_requests_and_sums_go_on(tested: Divided, ses
 def test_an_adapter_in_use_goes_when_its_last_request_has_ended(tested: Divided, session_of: Callable[[str], str]) -> None:
     body = ASK | {"stream": True, "max_tokens": 300, "temperature": 1}
     headers = {"x-session-id": session_of("challenger")}
-    with httpx.stream("POST", f"{tested.url}/v1/completions", json=body, headers=headers, timeout=60) as stream:
-        lines = stream.iter_lines()
-        next(lines)
-        adapters = {"orders-1": tested.adapters["orders-1"]}
-        tested.configure(adapters=adapters, aliases={"champion": "orders-1"}, arms=None)
-        assert [name_of(loaded) for loaded in tested.generator.client.adapters] == ["orders-1", "orders-2"]
+    url, adapters = f"{tested.url}/v1/completions", {"orders-1": tested.adapters["orders-1"]}
+    with ExitStack() as asked:
+        with tested.unending():
+            lines = asked.enter_context(httpx.stream("POST", url, json=body, headers=headers, timeout=60)).iter_lines()
+            next(lines)
+            tested.configure(adapters=adapters, aliases={"champion": "orders-1"}, arms=None)
+            assert [name_of(loaded) for loaded in tested.generator.client.adapters] == ["orders-1", "orders-2"]
         assert "data: [DONE]" in list(lines)
     tested.ask()
     assert [name_of(loaded) for loaded in tested.generator.client.adapters] == ["orders-1"]

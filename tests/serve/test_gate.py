@@ -133,7 +133,8 @@ def test_the_key_that_scrapes_can_do_nothing_else(guarded: Guarded) -> None:
 
 @pytest.mark.parametrize("header", ["Basic eDp5", "Bearer", "Bearer alt-00000000-wrong", "Bearer \xff", "alt-x-y"])
 def test_wrong_credentials_get_401_in_openais_shape(guarded: Guarded, header: str) -> None:
-    response = httpx.post(f"{guarded.url}/v1/completions", json=SHORT, headers={b"authorization": header.encode("latin-1")})
+    headers = {b"authorization": header.encode("latin-1")}
+    response = httpx.post(f"{guarded.url}/v1/completions", json=SHORT, headers=headers, timeout=60)
     assert response.status_code == 401 and response.headers["www-authenticate"] == "Bearer"
     assert response.json()["error"]["type"] == "authentication_error"
     assert response.headers["x-request-id"]
@@ -280,7 +281,7 @@ def test_an_error_of_ours_is_a_500_in_openais_shape(guarded: Guarded, monkeypatc
     ],
 )
 def test_without_keys_web_pages_and_other_hosts_are_refused(server: Server, headers: dict[str, str], status: int) -> None:
-    response = httpx.get(f"{server.url}/v1/models", headers=headers)
+    response = httpx.get(f"{server.url}/v1/models", headers=headers, timeout=60)
     assert response.status_code == status
     if status == 403:
         assert response.json()["error"]["code"] == "loopback_only"

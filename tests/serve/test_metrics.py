@@ -112,8 +112,10 @@ def test_an_answer_that_ends_at_a_stop_string_is_counted_whole(guarded: Guarded)
 
 def test_an_answer_that_nobody_waited_for_is_an_abort_and_no_latency(guarded: Guarded) -> None:
     key = guarded.key("leaving")
-    with guarded.http(key) as http, http.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as stream:
-        next(stream.iter_lines())
+    with guarded.unending():
+        with guarded.http(key) as http, http.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as stream:
+            next(stream.iter_lines())
+        guarded.idle()
     value = ended(guarded, key)
     assert value("request_success_total", finished_reason="abort") == value("time_to_first_token_seconds_count") == 1
     assert value("e2e_request_latency_seconds_count") == 0 < value("generation_tokens_total")
@@ -121,22 +123,25 @@ def test_an_answer_that_nobody_waited_for_is_an_abort_and_no_latency(guarded: Gu
 
 def test_a_prompt_that_is_only_scored_has_its_tokens_and_its_time(guarded: Guarded) -> None:
     key = guarded.key("scoring")
+    began = guarded.clock()
     with guarded.http(key) as http:
         body = SHORT | {"max_tokens": 0, "echo": True, "logprobs": 1}
         assert http.post("/v1/completions", json=body).status_code == 200
         (row,) = http.get("/v1/usage").json()["data"]
     value = ended(guarded, key)
     assert row["prompt_tokens"] == value("prompt_tokens_total") == 3 and value("generation_tokens_total") == 0
-    assert value("e2e_request_latency_seconds_count") == 1 and 0 < value("e2e_request_latency_seconds_sum") < 60
+    assert value("e2e_request_latency_seconds_count") == 1
+    assert 0 < value("e2e_request_latency_seconds_sum") < guarded.clock() - began
     assert value("time_to_first_token_seconds_count") == 0
 
 
 def test_the_engines_own_state(guarded: Guarded) -> None:
-    with guarded.http(guarded.user) as http, http.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as stream:
-        lines = stream.iter_lines()
-        next(lines)
-        busy = scrape(guarded)
-    guarded.idle()
+    with guarded.unending():
+        with guarded.http(guarded.user) as http, http.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            busy = scrape(guarded)
+        guarded.idle()
     after = scrape(guarded)
     none: frozenset[tuple[str, str]] = frozenset()
     assert busy[("altiplano_num_requests_running", none)] == 1 and after[("altiplano_num_requests_running", none)] == 0
@@ -161,6 +166,7 @@ def test_clients_cannot_make_series(guarded: Guarded) -> None:
             http.request(name, "/health")
         return set(scrape(guarded))
 
+    scrape(guarded)  # the first one has a series of its own from then on
     series = invent("made-up-1")
     assert invent("made-up-2") == series and not any("made-up" in str(labels) for _, labels in series)
 
@@ -201,9 +207,10 @@ def test_a_trace_joins_the_clients_and_holds_no_text(guarded: Guarded, spans: In
     with guarded.http(guarded.user) as http:
         http.post("/v1/chat/completions", json=CHAT, headers={"traceparent": parent})
     guarded.idle()
-    (span,) = spans.get_finished_spans()
-    assert span.name == "POST /v1/chat/completions" and span.parent is not None and span.context is not None
-    assert format(span.context.trace_id, "032x") == parent.split("-")[1]
+    # Others, of requests before, may end after the answer that their clients have got.
+    ended = [span for span in spans.get_finished_spans() if span.context is not None]
+    (span,) = [span for span in ended if format(span.context.trace_id, "032x") == parent.split("-")[1]]
+    assert span.name == "POST /v1/chat/completions" and span.parent is not None
     attributes = dict(span.attributes or {})
     assert attributes["gen_ai.request.model"] == "champion" and attributes["http.response.status_code"] == 200
     assert attributes["gen_ai.usage.input_tokens"] and attributes["gen_ai.usage.output_tokens"]

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from altiplano import spec
+from altiplano.cluster.processes import free_port
 from altiplano.serve.errors import ApiError
 from altiplano.serve.generation import Generator
 from altiplano.serve.governance import Governance
@@ -35,9 +36,8 @@ async def shown(governance: Governance, base: int) -> AsyncIterator[str]:
 
 @pytest.fixture
 def base() -> int:
-    """A port from which on some are free: the kernel knows one, and others may take those after it."""
-    with socket.create_server((LOOPBACK, 0)) as found:
-        return min(int(found.getsockname()[1]), 65535 - MOST_REPLICAS_OF_A_NODE)
+    """A port from which on some are free, none of which the kernel gives to anybody meanwhile."""
+    return free_port()
 
 
 def run(story: Callable[[], object]) -> None:
@@ -48,7 +48,7 @@ def test_replicas_of_a_node_count_up_and_each_shows_its_own(base: int) -> None:
     async def story() -> None:
         one, two = Governance.of(spec.Serve()), Governance.of(spec.Serve())
         one.metrics.rejected.labels("overloaded", "k1").inc()
-        async with shown(one, base) as first, shown(two, base) as second, httpx.AsyncClient() as http:
+        async with shown(one, base) as first, shown(two, base) as second, httpx.AsyncClient(timeout=60) as http:
             ports = [int(url.rsplit(":", 1)[1]) for url in (first, second)]
             assert base <= ports[0] < ports[1] < base + MOST_REPLICAS_OF_A_NODE
             texts = [(await http.get(f"{url}/metrics")).text for url in (first, second)]
@@ -60,7 +60,7 @@ def test_replicas_of_a_node_count_up_and_each_shows_its_own(base: int) -> None:
 def test_a_port_is_free_again_for_the_next_replica(base: int) -> None:
     async def story() -> None:
         governance = Governance.of(spec.Serve())
-        async with shown(governance, base) as before, httpx.AsyncClient() as http:
+        async with shown(governance, base) as before, httpx.AsyncClient(timeout=60) as http:
             await http.get(f"{before}/metrics")
         async with shown(governance, int(before.rsplit(":", 1)[1])) as after:
             assert after == before
@@ -70,7 +70,7 @@ def test_a_port_is_free_again_for_the_next_replica(base: int) -> None:
 
 def test_without_an_engine_the_front_ends_numbers_are_there(base: int) -> None:
     async def story() -> None:
-        async with shown(Governance.of(spec.Serve()), base) as url, httpx.AsyncClient() as http:
+        async with shown(Governance.of(spec.Serve()), base) as url, httpx.AsyncClient(timeout=60) as http:
             answer = await http.get(f"{url}/metrics")
             assert answer.status_code == 200 and "altiplano_engine_up 0.0" in answer.text
             assert "altiplano_requests_total" in (await http.get(f"{url}/metrics")).text
@@ -84,7 +84,7 @@ def test_a_key_for_metrics_where_there_are_keys_and_nothing_else_to_see(base: in
 
     async def story() -> None:
         governance = Governance.of(spec.Serve(api_keys_file=str(file.path)))
-        async with shown(governance, base) as url, httpx.AsyncClient(base_url=url) as http:
+        async with shown(governance, base) as url, httpx.AsyncClient(base_url=url, timeout=60) as http:
             statuses = {
                 name: (await http.get("/metrics", headers={"authorization": f"Bearer {key}"})).status_code
                 for name, key in keys.items()

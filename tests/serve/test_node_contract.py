@@ -47,7 +47,8 @@ def outcomes(node: str, server: Server, tmp_path_factory: pytest.TempPathFactory
     shutil.copy(SUITE, folder)
     (folder / "node_modules").symlink_to(NODE_TOOLS / "node_modules")
     command = [node, "--test-reporter=tap", f"--test-timeout={int(PATIENCE_S * 1000)}", "--test", str(folder / SUITE.name)]
-    done = subprocess.run(command, env=os.environ | {"ENDPOINT": server.url}, capture_output=True, text=True)
+    addresses = {"ENDPOINT": server.url, "ENGINE": str(server.generator.client.pid)}
+    done = subprocess.run(command, env=os.environ | addresses, capture_output=True, text=True)
     said = done.stdout + done.stderr
     return {name: "ok" if re.search(rf"^ *ok \d+ - {re.escape(name)}$", said, re.MULTILINE) else said for name in NAMES}
 

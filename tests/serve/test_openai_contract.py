@@ -107,7 +107,7 @@ def test_wrong_requests_get_openais_error_object(
 
 
 def test_http_errors_have_the_same_shape(server: Server) -> None:
-    with httpx.Client(base_url=server.url) as http:
+    with httpx.Client(base_url=server.url, timeout=60) as http:
         for response, status in (
             (http.get("/nowhere"), 404),
             (http.get("/v1/chat/completions"), 405),
@@ -129,8 +129,8 @@ def test_unknown_fields_are_named_and_request_ids_come_back(server: Server) -> N
 
 def test_health_and_metrics(server: Server, client: OpenAI) -> None:
     ask(client)
-    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
-    text = httpx.get(f"{server.url}/metrics").text
+    assert httpx.get(f"{server.url}/health", timeout=60).json() == {"status": "ok"}
+    text = httpx.get(f"{server.url}/metrics", timeout=60).text
     assert "altiplano_generation_tokens" in text and 'route="/v1/chat/completions"' in text
 
 
@@ -167,12 +167,12 @@ def test_a_client_that_leaves_frees_its_place(server: Server) -> None:
 
 def test_a_killed_engine_ends_requests_and_comes_back_with_its_adapters(server: Server, client: OpenAI) -> None:
     engine = server.generator.client
+    stream = engine.generate("victim", [5, 6, 7], m.Sampling(max_tokens=400, ignore_eos=True))
+
+    async def begun() -> None:
+        await anext(stream)
 
     async def killed() -> None:
-        stream = engine.generate("victim", [5, 6, 7], m.Sampling(max_tokens=400, ignore_eos=True))
-        await anext(stream)
-        assert engine.pid is not None
-        os.kill(engine.pid, signal.SIGKILL)
         with pytest.raises(EngineDiedError):
             async for _ in stream:
                 pass
@@ -180,9 +180,14 @@ def test_a_killed_engine_ends_requests_and_comes_back_with_its_adapters(server: 
     async def back() -> None:
         await asyncio.wait_for(engine._ready.wait(), 120)
 
-    server.run(killed())
+    restarts = engine.restarts
+    with server.unending():
+        server.run(begun())
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGKILL)
+        server.run(killed())
     server.run(back())
-    assert engine.restarts == 1
+    assert engine.restarts == restarts + 1
     assert ask(client).choices[0].message.content == "14 Elm Street"
     assert ask(client, model="champion").choices[0].finish_reason in ("stop", "length")
 

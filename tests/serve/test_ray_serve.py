@@ -47,7 +47,9 @@ def control(head: tuple[Path, local_ray.RayHead]) -> ServeControl:
 
 @pytest.fixture(scope="module")
 def endpoint() -> spec.Serve:
-    return spec.Serve(port=free_port(), max_num_seqs=16, max_model_len=512, kv_cache_tokens=8192)
+    # An engine that is slow because the machine is busy is not started again, nor its replica.
+    patience = {"health_check_timeout_s": 300.0}
+    return spec.Serve(port=free_port(), max_num_seqs=16, max_model_len=512, kv_cache_tokens=8192, **patience)
 
 
 class SteadyClient:
@@ -132,7 +134,10 @@ def test_deploy_change_and_undeploy(
     with OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60) as client:
         answer = client.chat.completions.create(model="cria", messages=NOTE, temperature=0, max_tokens=20)
         assert answer.choices[0].message.content == "12 Mill Lane"
-        assert 'altiplano_requests_total{route="/v1/chat/completions",status="200"} 1.0' in httpx.get(metrics_url(control)).text
+        assert (
+            'altiplano_requests_total{route="/v1/chat/completions",status="200"} 1.0'
+            in httpx.get(metrics_url(control), timeout=60).text
+        )
 
         assert burst(endpoint.port, 48) == {b"HTTP/1.1 200 OK"}, "a burst on an idle endpoint is not too much"
 

@@ -14,7 +14,7 @@ from altiplano import spec
 from altiplano.cluster.processes import free_port
 from altiplano.serve.deployment import Endpoint
 
-from .conftest import settings
+from .conftest import settings, start_ray
 
 # Ray's own sockets and files, closed when its processes are collected.
 pytestmark = [
@@ -30,7 +30,7 @@ ENOUGH = 12  # requests, until both replicas have surely had one
 
 @pytest.fixture(scope="module")
 def http(adapter: Path) -> Iterator[httpx.Client]:
-    ray.init(num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    start_ray(4)
     endpoint = spec.Serve(port=free_port(), max_num_seqs=16)
     serve.start(http_options={"host": "127.0.0.1", "port": endpoint.port})
     replica = Endpoint.options(num_replicas=2, health_check_period_s=1)  # type: ignore[attr-defined]

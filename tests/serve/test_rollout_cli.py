@@ -48,7 +48,7 @@ def test_a_report_compares_both_arms_and_says_how_sure_it_is(tested: Divided, al
     for session in range(24):
         answer = tested.ask(session=f"{session}")
         rated = {"id": answer.json()["id"], "rating": "up" if answer.headers["x-altiplano-arm"] == CHAMPION else "down"}
-        assert httpx.post(f"{tested.url}/v1/feedback", json=rated).status_code == 200
+        assert httpx.post(f"{tested.url}/v1/feedback", json=rated, timeout=60).status_code == 200
     code, out, _ = altiplano("ab", "report", "--url", tested.url, "-o", "json")
     told = json.loads(out)
     assert code == 0 and told["replicas"] == 1 and told["weights"] == {CHAMPION: 0.5, CHALLENGER: 0.5}

@@ -26,6 +26,7 @@ from altiplano.serve.rollout_store import NoRolloutError, RolloutBusyError, Save
 
 from .conftest import Server, make_adapter
 
+pytestmark = pytest.mark.timeout(900)  # thousands of requests, which a busy machine answers late
 CLIENTS = 6
 BODY = {"model": "champion", "prompt": [5, 6, 7], "max_tokens": 2, "temperature": 0, "ignore_eos": True}
 
@@ -81,11 +82,24 @@ class Diary:
         self.closed += 1
 
 
+class Looks:
+    """The reader of a controller, which notes how many requests of the challenger each look has found."""
+
+    def __init__(self, url: str) -> None:
+        self._reader, self.found = AbClient(url), list[int]()
+
+    def read(self) -> Reading:
+        reading = self._reader.read()
+        self.found.append(sum(arms["challenger"].requests for arms in reading.replicas.values() if "challenger" in arms))
+        return reading
+
+
 class Load:
-    """Steady clients, each request with a session of its own. Counts statuses and arms."""
+    """Steady clients, each request with a session of its own. Counts statuses and arms, these with the time at which it was sent."""
 
     def __init__(self, url: str) -> None:
         self.statuses: Counter[int] = Counter()
+        self.failed: Counter[str | None] = Counter()
         self.arms: list[tuple[float, str | None]] = []
         self._url, self._stop = url, threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._all()))
@@ -105,15 +119,18 @@ class Load:
     async def _one(self, http: httpx.AsyncClient, client: int) -> None:
         count = 0
         while not self._stop.is_set():
-            headers = {"x-session-id": f"{client}-{count}"}
+            headers, sent = {"x-session-id": f"{client}-{count}"}, time.monotonic()
             answer = await http.post("/v1/completions", json=BODY | {"stream": count % 2 == 0}, headers=headers)
             broken = answer.status_code == 200 and '"error"' in answer.text
+            arm = answer.headers.get("x-altiplano-arm")
             self.statuses[599 if broken else answer.status_code] += 1
-            self.arms.append((time.monotonic(), answer.headers.get("x-altiplano-arm")))
+            self.failed[arm] += broken or answer.status_code != 200
+            self.arms.append((sent, arm))
             count += 1
 
     def until(self, reached: Callable[["Load"], bool]) -> None:
         while not reached(self):
+            assert self._thread.is_alive(), "no client asks any more"
             threading.Event().wait(0.05)
 
 
@@ -128,7 +145,8 @@ class Scene:
         )
 
     def controller(self, **more: Any) -> Controller:
-        return Controller(self.here, AbClient(self.server.url), self.aliases, self.diary, self.store, **more)
+        self.looks = Looks(self.server.url)
+        return Controller(self.here, self.looks, self.aliases, self.diary, self.store, **more)
 
 
 @pytest.fixture(scope="module")
@@ -179,36 +197,37 @@ def spoil(monkeypatch: pytest.MonkeyPatch, server: Server, adapter: str, seconds
 
 
 @pytest.mark.parametrize(("seconds", "says"), [(None, "error rate"), (1.0, "TTFT")])
-def test_a_bad_challenger_is_back_at_nothing_within_30_seconds_by_itself(
+def test_a_bad_challenger_is_back_at_nothing_by_itself_before_many_have_met_it(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, seconds: float | None, says: str
 ) -> None:
     spoil(monkeypatch, scene.server, "orders-2", seconds)
     scene.store.begin(scene.plan, time.time())
     with Load(scene.server.url) as load:
-        begun = time.monotonic()
         state = scene.controller().run(threading.Event())
         back = time.monotonic()
         many = load.statuses.total() + 200
         load.until(lambda seen: seen.statuses.total() >= many)
-    assert state.phase is Phase.rolled_back and says in state.reason
-    assert back - begun < 30
-    # Requests that began before the way back may end after it.
-    assert all(arm is None for at, arm in load.arms if at > back + (seconds or 0) + 1)
-    assert load.statuses[200] >= 0.9 * load.statuses.total()
+    assert state.phase is Phase.rolled_back and says in state.reason and state.step == 0
+    # What 40 requests a second bring it in 30 seconds. The look before the last has not sufficed; the last may have come late.
+    assert scene.looks.found[-2] <= 0.2 * 40 * 30
+    assert all(arm is None for at, arm in load.arms if at > back)
+    assert set(load.failed) >= {"champion", "challenger", None} and load.failed["champion"] == load.failed[None] == 0
     assert scene.here.get_user_config()["aliases"] == {"champion": "orders-1", "orders": "orders-1"}
     assert scene.aliases.promoted == []
 
 
-def test_weights_are_live_within_a_second_of_being_set(scene: Scene) -> None:
+def test_weights_are_live_as_soon_as_they_are_set_and_wait_for_nobodys_answer(scene: Scene) -> None:
     arms = Arms.of({"salt": scene.plan.salt, "weights": {"champion": 80.0, "challenger": 20.0}})
+    client = scene.server.generator.client
     with Load(scene.server.url) as load:
         load.until(lambda seen: seen.statuses.total() >= 50)
-        asked = time.monotonic()
         scene.here.set_user_config(configured(scene.here.get_user_config(), scene.plan, State()))
-        live = time.monotonic()
         assert AbClient(scene.server.url).read().is_live(arms.test_id, {"champion": 0.8, "challenger": 0.2})
         load.until(lambda seen: any(arm == "challenger" for _, arm in seen.arms))
-    assert live - asked < 1
+        with scene.server.stopped():  # everybody is under way now, and nobody's answer ends
+            scene.server.until(lambda: len(client._streams) == CLIENTS)
+            scene.here.set_user_config(configured(scene.here.get_user_config(), scene.plan, State(step=1)))
+            assert AbClient(scene.server.url).read().is_live(arms.test_id, {"champion": 0.5, "challenger": 0.5})
     assert set(load.statuses) == {200}
 
 

@@ -15,6 +15,8 @@ from altiplano import spec
 from altiplano.cluster.processes import free_port
 from altiplano.serve.routing import CONSISTENT_HASH, haproxy_balance, routing_options
 
+from .conftest import PATIENCE_S
+
 BY_SESSION = spec.Serve(routing="session")
 SESSIONS = [f"session-{number}" for number in range(60)]
 
@@ -52,7 +54,7 @@ def haproxy(folder: Path, balance: str, ports: list[int]) -> Iterator[httpx.Clie
     servers = "\n".join(f"    server replica-{number} 127.0.0.1:{number}" for number in ports)
     config = folder / f"{port}.cfg"
     config.write_text(
-        "defaults\n    mode http\n    timeout connect 5s\n    timeout client 5s\n    timeout server 5s\n"
+        "defaults\n    mode http\n    timeout connect 60s\n    timeout client 60s\n    timeout server 60s\n"
         f"    balance {balance}\nfrontend http\n    bind 127.0.0.1:{port}\n    default_backend endpoint\nbackend endpoint\n{servers}\n"
     )
     ready, listening = (
@@ -69,8 +71,8 @@ def haproxy(folder: Path, balance: str, ports: list[int]) -> Iterator[httpx.Clie
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     try:
-        assert ready.wait(30)
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+        assert ready.wait(PATIENCE_S)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             yield client
     finally:
         listening.kill()

@@ -44,7 +44,7 @@ def shadowed(divided: Divided) -> Callable[..., dict[str, Any]]:
 
 
 def _sums(divided: Divided) -> dict[str, Any]:
-    found: dict[str, Any] = httpx.get(f"{divided.url}/v1/ab").json()["replicas"][0]["shadow"]
+    found: dict[str, Any] = httpx.get(f"{divided.url}/v1/ab", timeout=60).json()["replicas"][0]["shadow"]
     return found
 
 
@@ -69,7 +69,7 @@ def test_the_user_gets_the_champions_words_and_the_sums_of_the_test_know_nothing
     shadowed(2)
     assert {arm: sums["requests"] for arm, sums in divided.sums().items()} == {"champion": 2}
     assert divided.ask().json()["choices"][0]["text"] == divided.ask(model="orders-1").json()["choices"][0]["text"]
-    usage = httpx.get(f"{divided.url}/v1/usage").json()["data"]
+    usage = httpx.get(f"{divided.url}/v1/usage", timeout=60).json()["data"]
     copies = [row for row in usage if row["model"] == "shadow"]
     assert copies and all(row["arm"] == "challenger" for row in copies)
 
@@ -104,9 +104,11 @@ def test_copies_are_bounded(divided: Divided) -> None:
 
     shadow._running = Seen()
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: divided.ask(max_tokens=100).status_code, range(16)))
-    assert answers == [200] * 16
-    while _done(_sums(divided)) + _sums(divided)["skipped"] < 16:
+        with divided.stopped():  # all of them begin together, and end so
+            answers = [pool.submit(divided.ask, max_tokens=100) for _ in range(8)]
+            divided.until(lambda: len(divided.generator.client._streams) == 8)
+        assert [answer.result().status_code for answer in answers] == [200] * 8
+    while _done(_sums(divided)) + _sums(divided)["skipped"] < 8:
         continue
     assert _sums(divided)["skipped"] > 0
     assert max(running) == MAX_RUNNING

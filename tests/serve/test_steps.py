@@ -74,10 +74,13 @@ def test_a_number_of_steps_that_makes_no_sense_is_refused(http: httpx.Client, la
     assert response.status_code == 400 and "1 to 1024" in response.json()["error"]["message"]
 
 
-def test_an_engine_that_hangs_has_no_steps_to_show_and_the_histograms_stay(guarded: Guarded, http: httpx.Client) -> None:
+def test_an_engine_that_hangs_has_no_steps_to_show_and_the_histograms_stay(
+    guarded: Guarded, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
     http.post("/v1/completions", json=SHORT)
     count = histogram(http, "iteration_tokens_total")["count"]
     with guarded.stopped():
+        monkeypatch.setattr("altiplano.serve.observability.STATS_TIMEOUT_S", 0.3)
         response = http.get("/v1/engine/steps")
         assert response.status_code == 503 and "does not answer" in response.json()["error"]["message"]
         assert histogram(http, "iteration_tokens_total")["count"] == count

@@ -1,7 +1,7 @@
 """The process that knows grammars: this file as a program, Settings as the first frame on its standard input.
 
 A grammar is text of a client, and compiling it or finding its next tokens can take any time and any memory. So it happens
-here: the kernel ends this process when one answer takes longer than `limit_s` or needs more than `limit_bytes`, and whoever
+here: the kernel ends this process when one answer computes longer than `limit_s` or needs more than `limit_bytes`, and whoever
 started it begins again without the grammar at fault.
 """
 
@@ -20,7 +20,7 @@ CACHED_GRAMMARS = 64
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """`tokenizer` is the path of a tokenizer.json."""
+    """`tokenizer` is the path of a tokenizer.json; `limit_s` is time of a core, not of a clock: a machine without a free one blames no grammar."""
 
     tokenizer: str
     vocab_size: int
@@ -141,13 +141,13 @@ def main() -> None:
     settings = msgspec.msgpack.decode(first, type=Settings)
     grammars = Grammars(settings)
     resource.setrlimit(resource.RLIMIT_AS, (settings.limit_bytes, settings.limit_bytes))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     write_frame(sink, Ready())
     while (body := read_frame(source)) is not None:
         # No handler: Python would run it only after the library's call has returned.
-        signal.setitimer(signal.ITIMER_REAL, settings.limit_s)
+        signal.setitimer(signal.ITIMER_PROF, settings.limit_s)
         answer = grammars.answer(_decode_question(body))
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         if answer is not None:
             write_frame(sink, answer)
 

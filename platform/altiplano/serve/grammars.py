@@ -122,7 +122,7 @@ class Grammars:
         said = self._answers.get(suspect) if suspect is not None else None
         if said is not None:
             said.deaths += 1
-        if suspect is not None and (gone.exit_code == -signal.SIGALRM or (said is not None and said.deaths > 1)):
+        if suspect is not None and (gone.exit_code == -signal.SIGPROF or (said is not None and said.deaths > 1)):
             self._remember(pending[suspect])
             if self._answers.pop(suspect, None) is not None:
                 news.append(self._too_hard(suspect))
@@ -138,7 +138,7 @@ class Grammars:
     def _too_hard(self, request_id: str) -> w.Bad:
         return w.Bad(
             request_id,
-            f"the schema takes more than {self._settings.limit_s:g} s or {self._settings.limit_bytes >> 30} GiB to work out: simplify it",
+            f"the schema takes more than {self._settings.limit_s:g} s of a core or {self._settings.limit_bytes >> 30} GiB to work out: simplify it",
         )
 
 
