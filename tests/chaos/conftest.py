@@ -40,8 +40,14 @@ class Platform:
 
     def wait(self) -> "Platform":
         """Until it answers through its proxy, which learns of replicas a moment after Serve calls them running."""
-        eventually(lambda: httpx.get(f"{self.url}/health", timeout=60).is_success, 120)
+        eventually(self._answers, 240)
         return self
+
+    def _answers(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health", timeout=60).is_success
+        except httpx.TransportError:  # the proxy does not listen yet
+            return False
 
     def replicas(self) -> list[int]:
         """Process ids of the replicas that take requests."""
@@ -108,7 +114,11 @@ class Traffic:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self._thread.start()
-        eventually(lambda: len(self.statuses) >= self.parallel, 60)
+        try:
+            eventually(lambda: len(self.statuses) >= self.parallel, 240)
+        except BaseException:
+            self.stop()  # nobody leaves a block that was never entered
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -117,13 +127,13 @@ class Traffic:
     def stop(self) -> None:
         """Every client ends its request and asks no more."""
         self._stop.set()
-        self._thread.join(120)
+        self._thread.join(300)
 
     async def _run(self) -> None:
         # Ray's workers run at 15. Real clients are on other machines and take no time from what they ask.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.parallel)
-        async with httpx.AsyncClient(timeout=60, limits=limits) as http:
+        async with httpx.AsyncClient(timeout=240, limits=limits) as http:
             await asyncio.gather(*(self._client(http) for _ in range(self.parallel)))
 
     async def _client(self, http: httpx.AsyncClient) -> None:

@@ -131,7 +131,7 @@ def test_values_that_pages_name_exist(chart: Path) -> None:
 
 def test_the_shell_can_read_the_page() -> None:
     for block in _blocks(""):
-        subprocess.run(["bash", "-n"], input=block, text=True, check=True, timeout=10)
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True, timeout=120)
 
 
 def test_values_on_the_page_render(chart: Path, helm4: charts.Helm4) -> None:

@@ -35,7 +35,7 @@ def test_kubectl_builds_the_same(folder: str) -> None:
     if kubectl is None:
         pytest.skip("no kubectl: only our own reading of kustomize was tested")
     done = subprocess.run(
-        [kubectl, "kustomize", str(kustomize.FOLDER / folder)], capture_output=True, text=True, timeout=60, check=True
+        [kubectl, "kustomize", str(kustomize.FOLDER / folder)], capture_output=True, text=True, timeout=300, check=True
     )
     assert _sorted(list(yaml.load_all(done.stdout, yaml.CSafeLoader))) == _sorted(kustomize.build(kustomize.FOLDER / folder))
 

@@ -24,7 +24,8 @@ from altiplano.serve.keys import KeyFile
 
 SCRIPT = charts.CHART / "files" / "drain_node.sh"
 TOKEN = "t" * 32
-# What one client does: stream after stream through the proxy of its node, until nobody takes the next one. One line of JSON for each.
+# What one client does: stream after stream through the proxy of its node, until nobody takes the next one. Lines of JSON for each: one
+# when it has begun, one when it has ended.
 CLIENT = """
 import json, sys, time, urllib.error, urllib.request
 key, streams = sys.argv[1], int(sys.argv[2])
@@ -38,7 +39,9 @@ for _ in range(streams):
     except OSError:
         break
     with answer:
-        lines = [line.strip() for line in answer if line.strip()]
+        lines = [answer.readline().strip()]
+        print(json.dumps({"began": began}), flush=True)
+        lines += [line.strip() for line in answer if line.strip()]
     print(json.dumps({"began": began, "ended": time.time(), "whole": lines[-1] == b"data: [DONE]"}), flush=True)
 """
 
@@ -85,7 +88,7 @@ def test_a_pod_without_ray_leaves_at_once(tmp_path: Path) -> None:
         pytest.skip("namespaces need root and CAP_SYS_ADMIN")
     done = subprocess.run(
         ["unshare", "-pf", "--mount-proc", "bash", "-c", SCRIPT.read_text(), "drain", "600"],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -196,25 +199,32 @@ def test_ray_and_the_endpoint_run_on_a_read_only_file_system(endpoint: Running) 
             )
             assert "Read-only file system" in refused.stderr, "root itself cannot write"
     done = endpoint.worker.run("python", "-c", CLIENT, endpoint.key, "1")
-    assert json.loads(done.stdout)["whole"], done.stdout
+    assert _ended(done.stdout)[0]["whole"], done.stdout
 
 
 @pytest.mark.slow
 def test_a_worker_that_leaves_ends_its_stream(endpoint: Running) -> None:
     client = endpoint.worker.start("python", "-c", CLIENT, endpoint.key, "1")
+    assert client.stdout is not None
+    assert "began" in client.stdout.readline(), "there is a stream before anybody leaves"
     began = time.monotonic()
     pre_stop = endpoint.worker.run("bash", "-c", SCRIPT.read_text(), "drain", "80", timeout=110)
     assert pre_stop.returncode == 0, pre_stop.stdout
     assert time.monotonic() - began < 80, "Serve says that nothing is left before the time is over"
-    assert json.loads(client.communicate(timeout=30)[0])["whole"]
+    assert _ended(client.communicate(timeout=120)[0])[0]["whole"]
     (log,) = endpoint.head.tmp.glob("ray/session_2*/logs/serve/controller_[0-9]*.log")
     assert "Migrating Replica" in log.read_text(), "Serve has learned of the drain"
     assert "ray::ServeReplica" not in endpoint.worker.run("ps", "-eo", "args").stdout
 
 
-def _check_streams(lines: list[str], head: Path) -> None:
+def _ended(said: str) -> list[dict[str, Any]]:
+    """What a client has said of streams that have ended."""
+    return [told for told in map(json.loads, said.splitlines()) if "ended" in told]
+
+
+def _check_streams(said: str, head: Path) -> None:
     """All are whole, and one of them ran when Serve began to stop the replica."""
-    streams = [json.loads(line) for line in lines]
+    streams = _ended(said)
     assert all(stream["whole"] for stream in streams)
     (log,) = head.glob("ray/session_2*/logs/serve/controller_[0-9]*.log")
     (stopping,) = re.findall(r"^INFO (\S+ \S+) .*Stopping Replica\(.* \(currently", log.read_text(), re.MULTILINE)
@@ -251,10 +261,10 @@ def test_a_machine_without_kubernetes_ends_its_streams_before_it_stops(tmp_path:
         assert ready.returncode == 0, ready.stdout + machine.log()
         client = machine.start("python", "-c", CLIENT, key, "10000")
         assert client.stdout is not None
-        first = client.stdout.readline()
+        assert "began" in client.stdout.readline()
         machine.run("kill", "-TERM", "1")
-        _check_streams([first, *client.communicate(timeout=120)[0].splitlines()], folder)
-        assert machine.wait(timeout=120) == 0, machine.log()
+        _check_streams(client.communicate(timeout=240)[0], folder)
+        assert machine.wait(timeout=240) == 0, machine.log()
     finally:
         machine.end()
         other.end()

@@ -173,7 +173,7 @@ def test_scripts_need_nothing_but_python(script: Path) -> None:
     subprocess.run(
         [sys.executable, "-S", "-I", "-c", f"import runpy; runpy.run_path({str(script)!r}, run_name='imported')"],
         check=True,
-        timeout=30,
+        timeout=120,
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import threading
@@ -71,7 +72,7 @@ def test_mlflow_understands_its_settings_and_options(tmp_path: Path) -> None:
     (tmp_path / "basic_auth.ini").write_text(START["auth_ini"](uri))
     environment = {**os.environ, "MLFLOW_AUTH_CONFIG_PATH": str(tmp_path / "basic_auth.ini")}
     done = subprocess.run(
-        [sys.executable, "-c", ASK_MLFLOW], env=environment, capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", ASK_MLFLOW], env=environment, capture_output=True, text=True, timeout=300, check=True
     )
     mlflow = json.loads(done.stdout.splitlines()[-1])
     assert (mlflow["uri"], mlflow["permission"]) == (uri, "NO_PERMISSIONS")
@@ -105,21 +106,17 @@ def test_mlflow_starts_on_postgresql_and_wants_a_login(database: postgres.Databa
         [sys.executable, FILES / "start_mlflow.py"], env=environment, stdout=log, stderr=log, start_new_session=True
     )
     try:
-        assert CHECK["check"]({"mlflow": f"{base}/health"}, 120) == {}, (tmp_path / "log").read_text()[-3000:]
-        search = {"max_results": 10}
-        assert httpx.post(f"{base}/api/2.0/mlflow/experiments/search", json=search).status_code == 401
-        answer = httpx.post(f"{base}/api/2.0/mlflow/experiments/search", json=search, auth=("admin", "correct-horse-battery"))
+        assert CHECK["check"]({"mlflow": f"{base}/health"}, 300) == {}, (tmp_path / "log").read_text()[-3000:]
+        search, admin = {"json": {"max_results": 10}, "timeout": 120}, ("admin", "correct-horse-battery")
+        address = f"{base}/api/2.0/mlflow/experiments/search"
+        assert httpx.post(address, **search).status_code == 401
+        answer = httpx.post(address, **search, auth=admin)
+        foreign = httpx.post(address, **search, auth=admin, headers={"Host": "evil.example.com"})
         assert [experiment["name"] for experiment in answer.json()["experiments"]] == ["Default"]
-        foreign = httpx.post(
-            f"{base}/api/2.0/mlflow/experiments/search",
-            json=search,
-            auth=("admin", "correct-horse-battery"),
-            headers={"Host": "evil.example.com"},
-        )
         assert foreign.status_code == 403, "a rebound name is refused"
     finally:
         os.killpg(server.pid, 15)
-        server.wait(30)
+        server.wait(120)
         log.close()
 
 
@@ -136,24 +133,24 @@ def test_a_backup_is_whole_and_old_ones_go(database: postgres.Database, tmp_path
         ["psql", "-qc", "create table llamas (name text); insert into llamas values ('thea')"],
         env=environment,
         check=True,
-        timeout=30,
+        timeout=120,
     )
     for day in ("20260101", "20260102"):
         (tmp_path / f"mlflow-{day}T000000Z.dump").write_text("old")
         (tmp_path / f"mlflow-{day}T000000Z.dump.sha256").write_text("old")
-    done = subprocess.run(["bash", FILES / "backup.sh"], env=environment, check=True, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", FILES / "backup.sh"], env=environment, check=True, capture_output=True, text=True, timeout=300)
     newest, kept = sorted((path.name for path in tmp_path.glob("*.dump")), reverse=True)
     assert kept == "mlflow-20260102T000000Z.dump", "the newest two"
     assert newest in done.stdout
-    subprocess.run(["sha256sum", "--check", "--quiet", f"{newest}.sha256"], cwd=tmp_path, check=True, timeout=30)
+    subprocess.run(["sha256sum", "--check", "--quiet", f"{newest}.sha256"], cwd=tmp_path, check=True, timeout=120)
     assert not list(tmp_path.glob(".*")), "no partial file"
 
-    subprocess.run(["psql", "-qc", "drop table llamas"], env=environment, check=True, timeout=30)
+    subprocess.run(["psql", "-qc", "drop table llamas"], env=environment, check=True, timeout=120)
     subprocess.run(
-        ["pg_restore", "--clean", "--if-exists", "--dbname=mlflow", tmp_path / newest], env=environment, check=True, timeout=30
+        ["pg_restore", "--clean", "--if-exists", "--dbname=mlflow", tmp_path / newest], env=environment, check=True, timeout=120
     )
     restored = subprocess.run(
-        ["psql", "-Atc", "select name from llamas"], env=environment, check=True, capture_output=True, text=True, timeout=30
+        ["psql", "-Atc", "select name from llamas"], env=environment, check=True, capture_output=True, text=True, timeout=120
     )
     assert restored.stdout == "thea\n"
 
@@ -167,7 +164,9 @@ def test_a_backup_that_fails_leaves_nothing(database: postgres.Database, tmp_pat
         "BACKUP_KEEP": "1",
     }
     (tmp_path / "mlflow-20260101T000000Z.dump").write_text("the last good one")
-    done = subprocess.run(["bash", FILES / "backup.sh"], env=environment, check=False, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", FILES / "backup.sh"], env=environment, check=False, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode != 0
     assert [path.name for path in tmp_path.iterdir()] == ["mlflow-20260101T000000Z.dump"]
 
@@ -201,10 +200,11 @@ def test_a_service_behind_a_login_answers(code: int, wrong: str | None) -> None:
 
 
 def test_the_release_test_names_what_is_wrong() -> None:
-    with _answering(200) as good:
-        services = [f"mlflow={good}", f"endpoint=http://127.0.0.1:{free_port()}/health"]
+    with _answering(200) as good, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # nobody else listens there either
+        services = [f"mlflow={good}", f"endpoint=http://127.0.0.1:{closed.getsockname()[1]}/health"]
         done = subprocess.run(
-            [sys.executable, FILES / "check_release.py", "0", *services], capture_output=True, text=True, timeout=30, check=False
+            [sys.executable, FILES / "check_release.py", "0", *services], capture_output=True, text=True, timeout=120, check=False
         )
     assert done.returncode == 1
     assert f"mlflow: answers ({good})" in done.stdout

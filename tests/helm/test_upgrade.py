@@ -58,7 +58,7 @@ class Autoscaler(IKubernetesHttpApiClient):  # type: ignore[misc]  # Ray ships n
 
     def get(self, path: str) -> dict[str, Any]:
         base = self._pods if path.startswith("pods") else self._base
-        with urllib.request.urlopen(base + path, timeout=10) as response:
+        with urllib.request.urlopen(base + path, timeout=120) as response:
             answer: dict[str, Any] = json.load(response)
         return answer
 
@@ -66,7 +66,7 @@ class Autoscaler(IKubernetesHttpApiClient):  # type: ignore[misc]  # Ray ships n
         # The name that the real client's library gives itself.
         headers = {"Content-Type": content_type, "User-Agent": "python-requests/2.32"}
         request = urllib.request.Request(self._base + path, json.dumps(payload).encode(), headers, method="PATCH")
-        with urllib.request.urlopen(request, timeout=10) as response:
+        with urllib.request.urlopen(request, timeout=120) as response:
             answer: dict[str, Any] = json.load(response)
         return answer
 

@@ -5,11 +5,13 @@ import time
 import urllib.error
 import urllib.request
 
+PATIENCE_S = 30  # with one attempt: the first answer of a service that has just started takes its time
+
 
 def answers(url: str) -> str | None:
     """None when the service answers, else what is wrong. 401 and 403 are answers: they come from behind the door."""
     try:
-        with urllib.request.urlopen(url, timeout=5):
+        with urllib.request.urlopen(url, timeout=PATIENCE_S):
             return None
     except urllib.error.HTTPError as error:
         with error:
@@ -19,7 +21,7 @@ def answers(url: str) -> str | None:
 
 
 def check(services: dict[str, str], timeout_s: float) -> dict[str, str]:
-    """What is wrong, by name, after at most `timeout_s` seconds; empty when all answer."""
+    """What is wrong, by name, after `timeout_s` seconds and the attempt that is under way then; empty when all answer."""
     deadline = time.monotonic() + timeout_s
     wrong: dict[str, str] = {}
     while True:

@@ -71,7 +71,7 @@ class Helm3:
     def run(self, *arguments: str, values: Values | None = None) -> str:
         """The output of a command; `values` go to its standard input."""
         text = None if values is None else json.dumps(values)
-        done = subprocess.run([self.binary, *arguments], input=text, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run([self.binary, *arguments], input=text, capture_output=True, text=True, timeout=300, check=False)
         if done.returncode:
             raise RefusedError(done.stderr)
         return done.stdout

@@ -154,7 +154,7 @@ class Cluster:
             for mounted, real in places.items():
                 words = [word.replace(mounted, real) for word in words]
             done = subprocess.run(
-                [sys.executable, *words[1:], "--server", self.url], capture_output=True, text=True, timeout=60, check=False
+                [sys.executable, *words[1:], "--server", self.url], capture_output=True, text=True, timeout=300, check=False
             )
         self.job_logs.append(done.stdout + done.stderr)
         kind = "Complete" if done.returncode == 0 else "Failed"

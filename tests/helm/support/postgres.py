@@ -56,29 +56,29 @@ def running(folder: Path) -> Iterator[Database]:
         directory = data / "data"
         subprocess.run(
             [folder / "initdb", "-D", directory, "-U", "mlflow", "-A", "scram-sha-256", f"--pwfile={password}", "--no-sync"],
-            user=user, cwd=data, check=True, capture_output=True, timeout=60,
+            user=user, cwd=data, check=True, capture_output=True, timeout=300,
         )  # fmt: skip
         port = free_port()
         options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories={data} -c fsync=off"
         subprocess.run(
-            [folder / "pg_ctl", "-D", directory, "-w", "-l", data / "log", "-o", options, "start"],
+            [folder / "pg_ctl", "-D", directory, "-w", "-t", "240", "-l", data / "log", "-o", options, "start"],
             user=user,
             cwd=data,
             check=True,
-            timeout=60,
+            timeout=300,
         )
         try:
             database = Database(port)
             environment = {**os.environ, **database.environment, "PGDATABASE": "postgres"}
-            subprocess.run([folder / "createdb", "mlflow"], env=environment, check=True, timeout=60)
+            subprocess.run([folder / "createdb", "mlflow"], env=environment, check=True, timeout=300)
             yield database
         finally:
             subprocess.run(
-                [folder / "pg_ctl", "-D", directory, "-m", "immediate", "-w", "stop"],
+                [folder / "pg_ctl", "-D", directory, "-m", "immediate", "-w", "-t", "240", "stop"],
                 user=user,
                 cwd=data,
                 check=True,
-                timeout=60,
+                timeout=300,
                 capture_output=True,
             )
     finally:

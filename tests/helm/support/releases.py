@@ -55,16 +55,16 @@ class Releases4:
         )
 
     def install(self, values: Values) -> None:
-        self._explained(self._config.install, self._chart, RELEASE, values, timeout=60)
+        self._explained(self._config.install, self._chart, RELEASE, values, timeout=300)
 
     def upgrade(self, values: Values) -> None:
-        self._explained(self._config.upgrade, self._chart, RELEASE, values, timeout=60)
+        self._explained(self._config.upgrade, self._chart, RELEASE, values, timeout=300)
 
     def rollback(self) -> None:
-        self._explained(self._config.rollback, RELEASE, timeout=60)
+        self._explained(self._config.rollback, RELEASE, timeout=300)
 
     def uninstall(self) -> None:
-        self._explained(self._config.uninstall, RELEASE, timeout=60)
+        self._explained(self._config.uninstall, RELEASE, timeout=300)
 
     @staticmethod
     def _explained(action: Any, *arguments: Any, **options: Any) -> None:
@@ -85,16 +85,16 @@ class Releases3:
         self._environment = {**os.environ, "KUBECONFIG": str(file), "HOME": str(directory)}
 
     def install(self, values: Values) -> None:
-        self._run("install", RELEASE, str(self._chart), "-f", "-", "--timeout", "60s", values=values)
+        self._run("install", RELEASE, str(self._chart), "-f", "-", "--timeout", "300s", values=values)
 
     def upgrade(self, values: Values) -> None:
-        self._run("upgrade", RELEASE, str(self._chart), "-f", "-", "--timeout", "60s", values=values)
+        self._run("upgrade", RELEASE, str(self._chart), "-f", "-", "--timeout", "300s", values=values)
 
     def rollback(self) -> None:
-        self._run("rollback", RELEASE, "--timeout", "60s")
+        self._run("rollback", RELEASE, "--timeout", "300s")
 
     def uninstall(self) -> None:
-        self._run("uninstall", RELEASE, "--timeout", "60s")
+        self._run("uninstall", RELEASE, "--timeout", "300s")
 
     def _run(self, *arguments: str, values: Values | None = None) -> None:
         text = json.dumps(values or {})
@@ -104,7 +104,7 @@ class Releases3:
             env=self._environment,
             capture_output=True,
             text=True,
-            timeout=90,
+            timeout=600,
             check=False,
         )
         if done.returncode:

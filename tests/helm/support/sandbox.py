@@ -50,7 +50,7 @@ def permitted() -> bool:
     """Whether this process may make namespaces and links."""
     command = ["unshare", "-mnpf", "--mount-proc", "ip", "link", "add", "name", "veth0", "type", "veth", "peer", "name", "veth1"]
     try:
-        return os.geteuid() == 0 and subprocess.run(command, capture_output=True, timeout=20, check=False).returncode == 0
+        return os.geteuid() == 0 and subprocess.run(command, capture_output=True, timeout=120, check=False).returncode == 0
     except FileNotFoundError:
         return False
 
@@ -79,7 +79,7 @@ class Pod:
 
     def wait_until_it_runs(self) -> None:
         """Its file systems are in place and its first process is the image's user."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while time.monotonic() < deadline and self._process.poll() is None:
             with contextlib.suppress(FileNotFoundError):  # it has ended a moment ago
                 status = Path(f"/proc/{self.pid}/status").read_text()
@@ -88,7 +88,7 @@ class Pod:
             time.sleep(0.1)
         raise AssertionError(f"the pod did not start: {self.log()}")
 
-    def run(self, *command: str, timeout: float = 60, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, timeout: float = 240, text: str | None = None) -> subprocess.CompletedProcess[str]:
         """A command in the pod, as `kubectl exec` runs it; `text` goes to its standard input."""
         return subprocess.run(self._inside(*command), input=text, **self._how(), timeout=timeout, check=False)  # type: ignore[call-overload,no-any-return]
 
@@ -107,14 +107,15 @@ class Pod:
     def end(self) -> None:
         """Kill everything in it: with the first process of a namespace all others go."""
         if self._process.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
-        self._process.wait(timeout=30)
+            with contextlib.suppress(ProcessLookupError):  # it has ended a moment ago
+                os.kill(self.pid, signal.SIGKILL)
+        self._process.wait(timeout=120)
 
     @functools.cached_property
     def pid(self) -> int:
         """Its first process, as the machine counts."""
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and self._process.poll() is None:
             for entry in Path("/proc").glob("[0-9]*/stat"):
                 try:
                     fields = entry.read_text().rsplit(")", 1)[1].split()
@@ -156,11 +157,11 @@ def connect(first: Pod, second: Pod) -> tuple[str, str]:
             ["addr", "add", f"{address}/24", "dev", "eth0"],
             ["link", "set", "eth0", "up"],
         ):
-            subprocess.run([*inside, *words], check=True, timeout=20)
+            subprocess.run([*inside, *words], check=True, timeout=120)
     for pod in (first, second):
         pod.wait_until_it_runs()
     return addresses
 
 
 def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, timeout=20)
+    subprocess.run(["ip", *words], check=True, timeout=120)
