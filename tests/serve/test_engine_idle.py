@@ -71,16 +71,14 @@ def make(runner: VirtualRunner, clock: Clock) -> Engine:
 
 def told(runner: Runner, clock: Clock, *comes: tuple[float, m.Command | None]) -> list[tuple[float, str]]:
     """What an engine's process says, and when. It is ready at second 0, and hears what `comes`."""
-    ours, its = socket.socketpair()
     said = list[tuple[float, str]]()
-    loop = Loop(its, make(runner, clock), clock=clock)
-    with pytest.MonkeyPatch.context() as patch:
+    ours, its = socket.socketpair()
+    with ours, its, pytest.MonkeyPatch.context() as patch:
+        loop = Loop(its, make(runner, clock), clock=clock)
         patch.setattr(loop, "_inbox", Inbox(clock, [*comes, (1000.0, None)]))
         patch.setattr(loop, "_send", lambda report: said.append((clock.now, type(report).__name__)))
         patch.setattr(engine_process, "freeze", lambda: said.append((clock.now, "frozen")))
         loop.run()
-    ours.close()
-    its.close()
     return said
 
 
