@@ -25,7 +25,7 @@ from altiplano.engine.params import SamplingParams
 from altiplano.engine.plan import Chunk, StepPlan
 from altiplano.engine.radix import RadixIndex
 from altiplano.engine.request import Request
-from altiplano.engine.runner import Drawn, Runner, Sleeper
+from altiplano.engine.runner import Drawn, Preparer, Runner, Sleeper
 from altiplano.engine.scheduler import Scheduler
 from altiplano.engine.step_time import Step, StepTimes
 from altiplano.engine.steps import StepLog
@@ -159,6 +159,15 @@ class Engine:
         if self.config.debug:
             self._scheduler.check()
         return news
+
+    def prepare(self) -> bool:
+        """Do a piece of what steps to come would stop for (on a GPU: capture a graph), if nobody waits meanwhile and it is awake.
+
+        Returns whether it did: False while there is nothing to do.
+        """
+        if self.sleep_level or self.has_unfinished() or not isinstance(self.runner, Preparer):
+            return False
+        return self.runner.prepare()
 
     def load_adapter(self, name: str, directory: Path) -> None:
         """Load (or replace) a LoRA adapter from a directory in PEFT's format.

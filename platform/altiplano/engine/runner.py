@@ -39,6 +39,15 @@ class Runner(Protocol):
 
 
 @runtime_checkable
+class Preparer(Protocol):
+    """Who has work that steps to come would stop for, and that can be done before."""
+
+    def prepare(self) -> bool:
+        """Do a piece of it, a short one. Returns whether it did: False while nothing is left. What fails is left to the step."""
+        ...
+
+
+@runtime_checkable
 class Sleeper(Protocol):
     """Who can give its memory back for a while. Nothing is computed between `sleep` and `wake_up`."""
 

@@ -1,6 +1,7 @@
 """The engine's process: `python -m altiplano.serve.engine_process SOCKET`, its settings as JSON on standard input.
 
-One thread reads commands, the main thread steps. It ends when the front end is gone, so it never outlives it.
+One thread reads commands, the main thread steps, and when all has been quiet for a while lets the engine prepare for steps to come. It ends
+when the front end is gone, so it never outlives it.
 """
 
 import gc
@@ -10,6 +11,7 @@ import queue
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -24,6 +26,7 @@ from altiplano.serve import messages as m
 from altiplano.serve.grammars import Gone, Grammars
 from altiplano.serve.grammars import Report as GrammarReport
 
+QUIET_S = 2.0  # without work, before the engine prepares for more: whoever starts an endpoint often asks it at once
 GAVE_UP = "vLLM gave the request up: its grammar and its tokens did not go together; vLLM's log says more"
 
 
@@ -35,12 +38,24 @@ class _Where(TypedDict):
     namespace: str
 
 
-class Loop:
-    """Commands in, steps out."""
+Message = m.Command | GrammarReport | None
 
-    def __init__(self, connection: socket.socket, engine: Engine | VllmEngine) -> None:
+
+class Loop:
+    """Commands in, steps out. `quiet_s`: seconds without work before the engine prepares for more, by `clock`."""
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        engine: Engine | VllmEngine,
+        quiet_s: float = QUIET_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._connection, self._engine = connection, engine
-        self._inbox: queue.Queue[m.Command | GrammarReport | None] = queue.Queue()
+        self._inbox: queue.Queue[Message] = queue.Queue()
+        self._quiet_s, self._clock = quiet_s, clock
+        self._prepared = False  # whether anything was, since the heap was frozen
+        self._stir()
         self._bedtimes: list[m.Sleep] = []  # that wait for requests to end
         self._held: dict[str, m.Add] = {}  # requests to vLLM whose grammars are being tried
         runner, tokenizer = engine.runner, str(engine.config.model / "tokenizer.json")
@@ -52,6 +67,7 @@ class Loop:
         threading.Thread(target=self._read, daemon=True, name="commands").start()
         while self._take_commands():
             news = self._engine.step()
+            self._stir()
             if isinstance(self._engine, VllmEngine):
                 news = self._without_errors(news)
             if news:
@@ -65,17 +81,46 @@ class Loop:
         while True:
             if self._bedtimes and not self._held and not self._engine.has_unfinished():
                 self._fall_asleep()
-            idle = not self._engine.has_unfinished() or self._engine.is_blocked()
             try:
-                message = self._inbox.get(block=idle)
+                message = self._next_message()
             except queue.Empty:
                 return True
             if message is None:
                 return False
+            if not isinstance(message, m.AskStats):
+                self._stir()
             if isinstance(message, w.Ready | w.Allowed | w.Bad | Gone):
                 self._handle_grammars(message)
             else:
                 self._handle(message)
+
+    def _next_message(self) -> Message:
+        """What has come; waits for it when there is nothing to compute, and prepares for steps to come meanwhile.
+
+        Raises:
+            queue.Empty: there is something to compute.
+        """
+        engine = self._engine
+        if engine.has_unfinished() and not engine.is_blocked():
+            return self._inbox.get_nowait()
+        while self._preparing and not engine.has_unfinished() and not self._held:
+            try:
+                return self._inbox.get(timeout=max(0.0, self._quiet_from - self._clock()))
+            except queue.Empty:
+                self._prepare()
+        return self._inbox.get()
+
+    def _stir(self) -> None:
+        """There is, or was, something to do: quiet begins anew, and there may be something to prepare for then."""
+        self._quiet_from, self._preparing = self._clock() + self._quiet_s, True
+
+    def _prepare(self) -> None:
+        self._preparing = self._engine.prepare()
+        if self._preparing:
+            self._prepared = True
+        elif self._prepared:
+            freeze()
+            self._prepared = False
 
     def _handle(self, command: m.Command) -> None:
         engine = self._engine
@@ -209,15 +254,19 @@ def main() -> None:
             paths = {name: Path(settings[name]) for name in ("model", "speculative_model") if settings[name] is not None}
             config = EngineConfig(**(settings | paths))
             engine = _vllm(config) if kind == "vllm" else create_engine(config)
-            # What is there now stays: looking through it for garbage stops all answers for 70 ms.
-            gc.collect()
-            gc.freeze()
+            freeze()
             Loop(connection, engine).run()
         except (BrokenPipeError, ConnectionResetError):
             os._exit(0)
         except Exception as error:
             connection.sendall(m.frame(m.Failed(f"{type(error).__name__}: {error}")))
             raise
+
+
+def freeze() -> None:
+    """What is there now stays: looking through it for garbage stops all answers for 70 ms."""
+    gc.collect()
+    gc.freeze()
 
 
 def _vllm(config: EngineConfig) -> VllmEngine:

@@ -1,7 +1,7 @@
-"""Whole decode steps as CUDA graphs, one per batch bucket and kind of step, captured when first needed, in one memory pool."""
+"""Whole decode steps as CUDA graphs, one per batch bucket and kind of step, captured ahead or when first needed, in one memory pool."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,12 @@ class Kind(NamedTuple):
 
 
 PLAIN = Kind()
+
+
+def buckets_for(batch: int) -> list[int]:
+    """Those of all batches of up to `batch` rows, from small to large."""
+    largest = bucket_of(batch)
+    return [*(bucket for bucket in BUCKETS if bucket <= largest), *range(BUCKETS[-1] + 256, largest + 1, 256)]
 
 
 def unrolled(bucket: int, kind: Kind = PLAIN) -> int:
@@ -49,6 +55,10 @@ class DecodeGraphs:
         for _ in range(times % steps):
             self._graphs[bucket, 1, kind].replay()
 
+    def missing(self, wanted: Sequence[tuple[int, Kind]]) -> list[tuple[int, Kind]]:
+        """Those of the buckets and kinds that `ensure` would capture now, in their order."""
+        return [(bucket, kind) for bucket, kind in wanted if (bucket, 1, kind) not in self._graphs]
+
     def ensure(self, bucket: int, kind: Kind = PLAIN) -> None:
         """Capture the bucket if it is new. `prepare(bucket, kind)` must point all rows at scratch: the warm-up really runs."""
         if (bucket, 1, kind) in self._graphs:
@@ -56,7 +66,8 @@ class DecodeGraphs:
         self._prepare(bucket, kind)
         self._step(bucket, kind)
         torch.cuda.synchronize()
-        for steps in {1, unrolled(bucket, kind)}:
+        # One step last: with it the bucket counts as captured, and a capture ahead may fail in between.
+        for steps in sorted({1, unrolled(bucket, kind)}, reverse=True):
             self._graphs[bucket, steps, kind] = self._capture(bucket, steps, kind)
 
     def forget(self) -> None:

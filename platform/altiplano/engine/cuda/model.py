@@ -60,6 +60,7 @@ class CudaLlama:
         self._tiles = runs_on(cache.device) and not deterministic
         self.tilings: dict[int, Tilings] = {}  # of our products, by the rows of a step
         self._clusters = fits(config.num_attention_heads, kv_heads, config.head_dim, cache.shape[4])
+        self._compiler: threading.Thread | None = None
         self._parts: steady_attention.Workspace | None = None
         self._workspace: DecodeWorkspace | None = None
         if deterministic:
@@ -164,7 +165,14 @@ class CudaLlama:
 
         if jobs:
             # No daemon, which would compile on while the libraries that it uses are taken down.
-            threading.Thread(target=compile_all, name="compile").start()
+            self._compiler = threading.Thread(target=compile_all, name="compile")
+            self._compiler.start()
+
+    def is_compiling(self, seconds: float) -> bool:
+        """Whether `compile_ahead` is still at work, after waiting for its end for up to so many seconds."""
+        if self._compiler is not None:
+            self._compiler.join(seconds)
+        return self._compiler is not None and self._compiler.is_alive()
 
     def _tiled_weights(self) -> dict[str, tuple[torch.Tensor, int]]:
         """Weights of a layer that our products can take, by name, each with what becomes of its sums."""

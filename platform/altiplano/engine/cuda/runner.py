@@ -12,9 +12,10 @@ from altiplano.engine.checks import check_room
 from altiplano.engine.config import EngineConfig, read_config
 from altiplano.engine.cuda import drawing
 from altiplano.engine.cuda.adapter_pool import AdapterPool, Update
-from altiplano.engine.cuda.graphs import DecodeGraphs, Kind, bucket_of
+from altiplano.engine.cuda.graphs import DecodeGraphs, Kind, bucket_of, buckets_for
 from altiplano.engine.cuda.guesses import GUESTS, MOST_REQUESTS, Guesses
-from altiplano.engine.cuda.loading import load_model
+from altiplano.engine.cuda.idle import IdleCaptures
+from altiplano.engine.cuda.loading import load_model, step_bytes
 from altiplano.engine.cuda.sleep import Asleep
 from altiplano.engine.cuda.slots import SlotTable
 from altiplano.engine.drafting import check_vocabulary
@@ -100,6 +101,8 @@ class CudaRunner:
             self._guesses = Guesses(self.slots, most, longest, drafts[0] if drafts else None)
         self.model.compile_ahead(config.max_num_seqs)
         self._graphs = DecodeGraphs(self._decode_step, self._point_at_scratch)
+        largest_step = max(step_bytes(config, loaded.stepper.model.config) for loaded in self._models)
+        self._idle = IdleCaptures(self._graphs, self.stepper, largest_step)
         self._adapters: set[str] = set()
         self._pool: AdapterPool | None = None  # made for the first adapter
         self._owners: dict[int, str | None] = {}  # the adapter of each slot
@@ -279,6 +282,17 @@ class CudaRunner:
                 adapted = (False,) if self._pool is None else (False, True)
                 for bucket, kind in self._guesses.kinds(self._config.max_num_seqs, adapted):
                     self._graphs.ensure(bucket, kind)
+
+    def prepare(self) -> bool:
+        """Capture a graph of those that steps may come to need: small batches come first, and plain steps before others."""
+        return self._idle.capture_next(self._wanted())
+
+    def _wanted(self) -> list[tuple[int, Kind]]:
+        """Buckets and kinds of all steps that may come."""
+        most, adapted = self._config.max_num_seqs, (False, True) if self._adapters else (False,)
+        kinds = [Kind(filtered, one) for one in adapted for filtered in (False, True)]
+        guesses = [] if self._guesses is None else self._guesses.kinds(most, adapted)
+        return [*((bucket, kind) for kind in kinds for bucket in buckets_for(most)), *guesses]
 
     def _is_decode(self, chunk: Chunk) -> bool:
         return len(chunk.tokens) == 1 and chunk.sample and drawing.is_plain(chunk.params, chunk.generated)

@@ -167,6 +167,10 @@ class VllmEngine:
         self.step_log.add(started, ended, decodes, prompt_tokens - cached, generated, 0.0, cached)
         return news
 
+    def prepare(self) -> bool:
+        """Nothing is left to do: vLLM captures its graphs at its start."""
+        return False
+
     def load_adapter(self, name: str, directory: Path) -> None:
         """Load (or replace) a LoRA adapter from a directory in PEFT's format.
 
