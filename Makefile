@@ -48,7 +48,7 @@ crds: $(VENV)/.dev
 	$(BIN)/python tests/helm/fetch_crds.py $(VENV)/tools/crds
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow --timeout=900
+	$(BIN)/python -m pytest -m slow
 
 # Property tests with new examples; what they find becomes an example of its own.
 fuzz: $(VENV)/.dev

@@ -18,7 +18,7 @@ from altiplano.serve import ServeControl, deploy
 
 from .conftest import SETTINGS, Platform, Traffic, eventually, running_ray
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 RECOVERY_S = 240.0  # a node starts three processes that import Ray, a replica imports torch
 ENVIRONMENT = {

@@ -17,7 +17,7 @@ from altiplano.serve import deploy
 
 from .conftest import SETTINGS, Platform, Traffic, body, eventually, port_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 RECOVERY_S = 120.0  # on two cores that others use too; replicas import torch
 

@@ -36,7 +36,7 @@ from altiplano.serve.rollout_store import Saved, Store
 
 from .conftest import SETTINGS, Platform, Traffic, eventually, port_of, running_ray
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 MODEL, FAULT = "orders", "fault.json"  # what `faulty` reads
 PATIENCE_S = 240.0  # where no promise is tested: processes import MLflow first, beside busy replicas

@@ -58,7 +58,6 @@ def _lineage() -> Lineage:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_the_champion_goes_from_the_registry_to_the_endpoint(
     running: FullCluster, registry: str, altiplano: Altiplano, tmp_path: Path
 ) -> None:

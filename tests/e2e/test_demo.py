@@ -13,7 +13,6 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_the_demo_teaches_cria_the_task(tmp_path: Path) -> None:
     work = tmp_path / "work"
     arguments = [str(ROOT / "pipelines/demo/pipeline.yaml"), f"run.storage_path={work}", f"serve.port={processes.free_port()}"]

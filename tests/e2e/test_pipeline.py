@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from mlflow import MlflowClient
 
@@ -49,9 +51,12 @@ class Attempt:
         self._run = subprocess.Popen(
             [*HELD, "run", str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True
         )
+        deadline = time.monotonic() + PATIENCE_S / 2
         while not (work / "held").exists():
             if self._run.poll() is not None:
                 pytest.fail(f"the run ended too early: {self._run.communicate()[0]}")
+            if time.monotonic() > deadline:
+                pytest.fail(f"it has not got to {place!r}: {self._kill()}")
             POLL.wait(0.05)
 
     def kill_driver(self) -> None:
@@ -59,6 +64,15 @@ class Attempt:
         lock = (self._work / "pipeline.lock").read_text()
         os.kill(int(lock.split("pid ")[1].rstrip(")")), signal.SIGKILL)
         assert self.go_on()[0] == 1
+
+    def _kill(self) -> str:
+        """SIGKILL the command and its driver; everything shown."""
+        drivers = psutil.Process(self._run.pid).children()
+        self._run.kill()
+        for driver in drivers:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended a moment ago
+                driver.kill()
+        return self._run.communicate(timeout=PATIENCE_S / 2)[0]
 
     def go_on(self) -> tuple[int, str]:
         """Exit code and everything shown."""
@@ -161,7 +175,7 @@ def _check_endpoint(url: str, question: str) -> None:
     assert answer["choices"][0]["message"]["content"]
 
 
-@pytest.mark.timeout(PATIENCE_S)
+@pytest.mark.timeout(2 * PATIENCE_S)
 def test_other_settings_train_another_adapter_that_meets_the_champion(pipeline: Path, workdir: Path) -> None:
     stages = workdir / "work/tiny/stages"
     before = json.loads((stages / "train.json").read_text())["outputs"]
@@ -176,7 +190,7 @@ def test_other_settings_train_another_adapter_that_meets_the_champion(pipeline: 
     assert not Path(before["adapter_path"]).exists(), "the work folders of other settings are gone"
 
 
-@pytest.mark.timeout(PATIENCE_S)
+@pytest.mark.timeout(2 * PATIENCE_S)
 def test_down_stops_everything_of_this_workspace_and_nothing_else(pipeline: Path, workdir: Path) -> None:
     work = workdir / "work"
     until_killed = [sys.executable, "-c", "import sys; sys.stdin.read()"]

@@ -26,7 +26,6 @@ def head(tmp_path: Path) -> Iterator[local_ray.RayHead]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_submitted_pipeline_runs_in_the_cluster(
     head: local_ray.RayHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -211,10 +211,19 @@ def test_a_worker_that_leaves_ends_its_stream(endpoint: Running) -> None:
     pre_stop = endpoint.worker.run("bash", "-c", SCRIPT.read_text(), "drain", "80", timeout=110)
     assert pre_stop.returncode == 0, pre_stop.stdout
     assert time.monotonic() - began < 80, "Serve says that nothing is left before the time is over"
-    assert _ended(client.communicate(timeout=120)[0])[0]["whole"]
+    assert _ended(_rest(client))[0]["whole"]
     (log,) = endpoint.head.tmp.glob("ray/session_2*/logs/serve/controller_[0-9]*.log")
     assert "Migrating Replica" in log.read_text(), "Serve has learned of the drain"
     assert "ray::ServeReplica" not in endpoint.worker.run("ps", "-eo", "args").stdout
+
+
+def _rest(client: subprocess.Popen[str]) -> str:
+    """What a client says until it ends; `communicate` would lose lines that `readline` has buffered."""
+    assert client.stdout is not None
+    with client.stdout as stream:
+        said = stream.read()
+    client.wait(120)
+    return said
 
 
 def _ended(said: str) -> list[dict[str, Any]]:
@@ -263,7 +272,7 @@ def test_a_machine_without_kubernetes_ends_its_streams_before_it_stops(tmp_path:
         assert client.stdout is not None
         assert "began" in client.stdout.readline()
         machine.run("kill", "-TERM", "1")
-        _check_streams(client.communicate(timeout=240)[0], folder)
+        _check_streams(_rest(client), folder)
         assert machine.wait(timeout=240) == 0, machine.log()
     finally:
         machine.end()

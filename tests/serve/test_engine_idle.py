@@ -142,9 +142,9 @@ def test_who_runs_an_engine_himself_prepares_nothing() -> None:
 
 def test_a_process_that_always_has_something_to_prepare_answers_and_ends() -> None:
     ours, its = socket.socketpair()
-    ours.settimeout(30)  # it answers at once, or never
+    ours.settimeout(240)  # it answers at once, or never
     clock = Clock()
-    thread = threading.Thread(target=Loop(its, make(Runner(clock, pieces=-1), clock), quiet_s=0.0).run)
+    thread = threading.Thread(target=Loop(its, make(Runner(clock, pieces=-1), clock), quiet_s=0.0).run, daemon=True)
     thread.start()
 
     def hear() -> m.Report:
@@ -162,7 +162,7 @@ def test_a_process_that_always_has_something_to_prepare_answers_and_ends() -> No
             assert step.tokens[0].finish_reason == "length"
     finally:
         ours.shutdown(socket.SHUT_RDWR)
-        thread.join(30)
+        thread.join(240)
         ours.close()
         its.close()
     assert not thread.is_alive()

@@ -1,5 +1,7 @@
 """Keys, limits and leaving clients where Ray Serve stands between the client and the application."""
 
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,12 +20,9 @@ from altiplano.serve.keys import KeyFile, Scope
 from .conftest import settings, start_ray
 
 # Ray's own sockets and files, closed when its processes are collected.
-pytestmark = [
-    pytest.mark.timeout(900),  # Ray starts about ten processes
-    pytest.mark.filterwarnings(
-        "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
-    ),
-]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 MOST = 60_000  # tokens, which take minutes: whoever leaves has left before the end
 LONG: dict[str, Any] = {"model": "champion", "prompt": "A note", "max_tokens": MOST, "temperature": 2, "ignore_eos": True}
 
@@ -63,8 +62,11 @@ def test_keys_limits_and_leaving_clients_through_ray_serve(cluster: None, adapte
             "POST", "/v1/completions", json=LONG | {"stream": True}, headers={"authorization": f"Bearer {admin}"}
         ) as stream:
             next(stream.iter_lines())
+        pause, deadline = threading.Event(), time.monotonic() + 300
         while not value("altiplano_clients_gone_total") or value("altiplano_num_requests_running"):
-            continue
+            if time.monotonic() > deadline:
+                pytest.fail("the client that has left is still being answered")
+            pause.wait(0.05)
         generated = f'altiplano_generation_tokens_total{{arm="orders-1",key="{own.id}"'
         assert 0 < value(generated) < MOST
         assert value("altiplano_clients_gone_total") == 1

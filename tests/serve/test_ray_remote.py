@@ -15,7 +15,7 @@ from altiplano.serve.control import ControlError, DeployError
 
 from .conftest import make_adapter, settings
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # two heads and an endpoint
+pytestmark = pytest.mark.slow  # two heads and an endpoint
 QUESTION = {"prompt": "A note", "max_tokens": 12, "temperature": 0}
 
 

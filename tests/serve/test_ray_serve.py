@@ -28,7 +28,6 @@ from altiplano.serve.proxy import proxy_of
 
 from .conftest import make_adapter, settings
 
-pytestmark = pytest.mark.timeout(900)  # Ray starts about fifteen processes
 NOTE: list[Any] = [{"role": "user", "content": "Zobalu asked for 2 red kites to 12 Mill Lane. Where?"}]
 
 

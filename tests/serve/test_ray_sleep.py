@@ -19,7 +19,6 @@ from .conftest import settings, start_ray
 # Ray's own sockets and files, closed when its processes are collected.
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),
     pytest.mark.filterwarnings(
         "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
     ),

@@ -26,7 +26,6 @@ from altiplano.serve.rollout_store import NoRolloutError, RolloutBusyError, Save
 
 from .conftest import Server, make_adapter
 
-pytestmark = pytest.mark.timeout(900)  # thousands of requests, which a busy machine answers late
 CLIENTS = 6
 BODY = {"model": "champion", "prompt": [5, 6, 7], "max_tokens": 2, "temperature": 0, "ignore_eos": True}
 
@@ -209,6 +208,7 @@ def test_a_bad_challenger_is_back_at_nothing_by_itself_before_many_have_met_it(
         load.until(lambda seen: seen.statuses.total() >= many)
     assert state.phase is Phase.rolled_back and says in state.reason and state.step == 0
     # What 40 requests a second bring it in 30 seconds. The look before the last has not sufficed; the last may have come late.
+    assert len(scene.looks.found) >= 2, "the first look finds nobody to judge by"
     assert scene.looks.found[-2] <= 0.2 * 40 * 30
     assert all(arm is None for at, arm in load.arms if at > back)
     assert set(load.failed) >= {"champion", "challenger", None} and load.failed["champion"] == load.failed[None] == 0

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from altiplano.models.loading import load_tokenizer
 from altiplano.models.manifest import MANIFEST, ManifestError, verify_manifest
 from altiplano.train.checkpoint import PREFIX
 
+HELD_S = 600.0  # half of what the tests of a held run may take: one whose failure frees nobody ends by itself
 # What Ray warns of itself: once a process about settings that nobody has set, and where its sockets and processes, or those of tests before,
 # are collected, which may be in any module.
 RAY = (
@@ -50,8 +52,10 @@ class Held(Nowhere):
             self.hold()
 
     def hold(self, heard: Callable[[], bool] = lambda: False) -> None:
-        pause = threading.Event()
+        pause, deadline = threading.Event(), time.monotonic() + HELD_S
         while not (self._free.exists() or heard()):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"held for {HELD_S:.0f} s: what the test waits for has not come")
             pause.wait(0.05)
 
 
@@ -131,7 +135,9 @@ def cluster() -> Iterator[None]:
         for name, value in environment.items():
             patch.setenv(name, value)
         made = Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **node_arguments(4)})
-        ray.init(address=made.address, logging_level="ERROR", log_to_driver=False, runtime_env={"env_vars": environment})
-        yield
-        ray.shutdown()
-        made.shutdown()
+        try:
+            ray.init(address=made.address, logging_level="ERROR", log_to_driver=False, runtime_env={"env_vars": environment})
+            yield
+        finally:
+            ray.shutdown()
+            made.shutdown()

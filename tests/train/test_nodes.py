@@ -45,13 +45,15 @@ def nodes() -> Iterator[Cluster]:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         cluster = Cluster(initialize_head=True, head_node_args=node_arguments(0))
-        for _ in range(2):
-            cluster.add_node(wait=False, **node_arguments(1))
-        cluster.wait_for_nodes(timeout=240)
-        ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False, runtime_env={"env_vars": ENVIRONMENT})
-        yield cluster
-        ray.shutdown()
-        cluster.shutdown()
+        try:
+            for _ in range(2):
+                cluster.add_node(wait=False, **node_arguments(1))
+            cluster.wait_for_nodes(timeout=240)
+            ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False, runtime_env={"env_vars": ENVIRONMENT})
+            yield cluster
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
 
 
 def replace(nodes: Cluster, node: Node) -> None:

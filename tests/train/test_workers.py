@@ -69,10 +69,10 @@ def test_a_run_whose_worker_is_killed_ends_as_if_nothing_had_happened(
     free, over, killed, earlier = tmp_path / "free", threading.Event(), list[int](), training_workers()
 
     def kill_one() -> None:
-        while not whole_steps(tmp_path / "test"):
-            if over.wait(0.05):
-                return
         try:
+            while not whole_steps(tmp_path / "test"):
+                if over.wait(0.05):
+                    return
             # Those of the run before may not have gone yet.
             victim = [worker for worker in training_workers() if worker not in earlier][-1]
             victim.kill()
