@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 CACHE = Path.home() / ".cache" / "altiplano" / "kernels"
-_MAX_DYNAMIC_SHARED, _NON_PORTABLE_CLUSTER = 8, 14  # CUfunction_attribute
+_REGISTERS, _MAX_DYNAMIC_SHARED, _NON_PORTABLE_CLUSTER = 4, 8, 14  # CUfunction_attribute
 _PROGRAMMATIC = 6  # CUlaunchAttributeID
 
 
@@ -57,6 +57,13 @@ class Kernel:
             driver("cuFuncSetAttribute", self._function, _MAX_DYNAMIC_SHARED, shared)
         if large_cluster:
             driver("cuFuncSetAttribute", self._function, _NON_PORTABLE_CLUSTER, 1)
+
+    def resident(self, threads: int) -> int:
+        """Blocks of so many threads whose registers a processor holds at once."""
+        registers = ctypes.c_int()
+        driver("cuFuncGetAttribute", ctypes.byref(registers), _REGISTERS, self._function)
+        # A warp gets them by 256; a processor has 65,536.
+        return int(65536 // (-(-registers.value // 8) * 8 * threads))
 
     def launch(
         self, grid: tuple[int, int, int], threads: int, arguments: ctypes.Structure, shared: int = 0, pdl: bool = True

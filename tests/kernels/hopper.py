@@ -74,7 +74,14 @@ def loras() -> None:
         expand = {"N": 3072, "COLUMNS": columns, "SPLITS": -(-2048 // shape.span), **sizes}
         compile_kernel(f"lora-expand-{name}", lora._expand_kernel, types, expand, columns // 32)
     for k, modules in ((2048, 3), (8192, 1)):
-        sizes = {"WIDE": modules * 64, "RANK": 64, "ROWS": lora.DECODE.rows, "HEADER": lora.HEADER, "INTERPRETED": False, "PDL": True}
+        sizes = {
+            "WIDE": modules * 64,
+            "RANK": 64,
+            "ROWS": lora.DECODE.rows,
+            "HEADER": lora.HEADER,
+            "INTERPRETED": False,
+            "PDL": True,
+        }
         shrink = {"K": k, "COLUMNS": few.COLUMNS, "SPAN": few.SPAN, "PIECES": few.PIECES, "NORM": modules > 1, **sizes}
         compile_kernel(f"lora-few-{k}-decode", few._shrink_kernel, "*bf16 *bf16 *bf16 *fp32 *i32 i32 i32", shrink, few.PIECES)
 

@@ -52,7 +52,9 @@ def check(owners: list[int], k: int, modules: int, normed: bool, spare: int = 0)
         assert not found[row, :, rank:written].any(), "behind the rank there are zeros"
 
 
-@pytest.mark.parametrize(("k", "modules", "normed"), [(256, 3, True), (SPAN + 512, 2, True), (2 * SPAN, 1, False), (96, 1, False)])
+@pytest.mark.parametrize(
+    ("k", "modules", "normed"), [(256, 3, True), (SPAN + 512, 2, True), (2 * SPAN, 1, False), (96, 1, False)]
+)
 def test_rows_of_any_mix_of_adapters(k: int, modules: int, normed: bool) -> None:
     torch.manual_seed(k)
     dice = random.Random(k)
