@@ -4,6 +4,7 @@
 // What is added to a row depends on nothing but the row and its adapter, in one order for all plans. Compiled with RANK (the pool's, a
 // multiple of 16), MODULES, SPLITS, BLOCKS (how many of them a processor shall hold) and ONE (whether a block has one tile: then no
 // weights are on their way at its end, and their registers are free); without them there is nothing here.
+constexpr int TOGETHER = ONE ? 2 : 1;  // eights of a line on their way at once
 constexpr int WIDE = MODULES * RANK, LINE = WIDE + 4;  // floats of a row's down x; in shared memory rows begin in different banks
 
 __device__ __forceinline__ void copy(float* to, const float* from) {
@@ -84,7 +85,7 @@ __device__ __forceinline__ void add_adapter(const Args& a, int m, int column, co
   auto of_module = [&](int n) { return shrunk + m * LINE + ((n >= a.first_end) + (n >= a.second_end)) * RANK; };
   const float *x = of_module(column), *y = of_module(column + second_half(a));
   float p = 0.f, q = 0.f;
-#pragma unroll ONE ? 2 : 1
+#pragma unroll TOGETHER
   for (int e = 0; e < owner.rank; e += 8) {
     p = add_products(p, load_shared_weights(a.up + near * RANK + e), x + e);
     q = add_products(q, load_shared_weights(a.up + far * RANK + e), y + e);

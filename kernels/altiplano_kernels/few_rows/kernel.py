@@ -264,7 +264,7 @@ def _launch(
     norm = gamma is not None
     columns = 1 if rows <= 8 else 2
     turns = plan.turns and norm and turn is not None
-    options = (
+    options: tuple[tuple[str, int], ...] = (
         ("MODE", mode), ("NORM", int(norm)), ("BITS", bits), ("K", k), ("WARPS", plan.warps), ("DEPTH", plan.depth), ("NT", columns),
         ("EARLY", int(plan.early)), ("TURNS", int(turns)), ("HEAD_DIM", dim), ("HEADS", heads), ("KV_HEADS", kv_heads), ("PAGE", page),
     )  # fmt: skip
