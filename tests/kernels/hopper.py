@@ -82,7 +82,7 @@ def loras() -> None:
             "INTERPRETED": False,
             "PDL": True,
         }
-        shrink = {"K": k, "COLUMNS": few.COLUMNS, "SPAN": few.SPAN, "PIECES": few.PIECES, "NORM": modules > 1, **sizes}
+        shrink = {"K": k, "COLUMNS": few.COLUMNS, "SPAN": few.SPAN, "PIECES": few.PIECES, **sizes}
         compile_kernel(f"lora-few-{k}-decode", few._shrink_kernel, "*bf16 *bf16 *bf16 *fp32 *i32 i32 i32", shrink, few.PIECES)
 
 

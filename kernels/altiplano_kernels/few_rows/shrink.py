@@ -5,6 +5,7 @@ it takes itself is hidden behind those weights in part. It, too, asks for its we
 rows are there: pieces of the sum lie in different warps, because a warp's products wait for each other.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ def _dot(a, b, INTERPRETED: tl.constexpr):
 def _shrink_kernel(
     x, gamma, down, parts, tiles, stride_x, stride_part,
     K: tl.constexpr, WIDE: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, HEADER: tl.constexpr, COLUMNS: tl.constexpr,
-    SPAN: tl.constexpr, PIECES: tl.constexpr, NORM: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr,
+    SPAN: tl.constexpr, PIECES: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     tile, block, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if PDL:
@@ -67,16 +68,17 @@ def _shrink_kernel(
     row = tl.load(head + HEADER + i, mask=active & (i < count), other=0).to(tl.int64)
     w_at = down + (adapter - 1).to(tl.int64) * WIDE * K + c[None, None, :] * K + k[:, :, None]
     w = tl.load(w_at, mask=active & (k < K)[:, :, None], other=0.0)
-    if NORM:
-        weight = tl.load(gamma + k, mask=active & (k < K), other=0.0).to(tl.float32)
+    weight = tl.load(gamma + k, mask=active & (k < K), other=0.0).to(tl.float32)
     if PDL:
-        # All programs wait, also those that have nothing to do: who comes next takes the end of this kernel for the end of all before.
-        gdc_wait()
+        # Who comes next takes the end of this kernel for the end of all before it, so one program waits in any case. The others make room for
+        # the product if they have nothing to do.
+        waits = active | (tile + block + part == 0)
+        if waits:
+            gdc_wait()
     if active:
         x_at = x + row[None, :, None] * stride_x + k[:, None, :]
         values = tl.load(x_at, mask=(i < count)[None, :, None] & (k < K)[:, None, :], other=0.0)
-        if NORM:
-            values = (values.to(tl.float32) * weight[:, None, :]).to(tl.bfloat16)
+        values = (values.to(tl.float32) * weight[:, None, :]).to(tl.bfloat16)
         total = tl.sum(_dot(values, w, INTERPRETED), 0)
         tl.store(parts + part * stride_part + row[:, None] * WIDE + c[None, :], total, mask=(i < count)[:, None])
 
@@ -95,7 +97,14 @@ def shrink(
     assert parts.shape[0] == splits_of(k) and parts.shape[2] == wide and parts[0].is_contiguous() and wide % COLUMNS == 0
     extra = {"launch_pdl": True} if pdl else {}
     _shrink_kernel[(tiles.numel() // (HEADER + DECODE.rows), wide // COLUMNS, parts.shape[0])](
-        x, x if gamma is None else gamma, down, parts, tiles, x.stride(0), parts.stride(0), K=k, WIDE=wide, RANK=low.up.shape[2], ROWS=DECODE.rows,
-        HEADER=HEADER, COLUMNS=COLUMNS, SPAN=SPAN, PIECES=PIECES, NORM=gamma is not None, INTERPRETED=not x.is_cuda, PDL=pdl, num_warps=PIECES,
+        x, _ones(k, x.device) if gamma is None else gamma, down, parts, tiles, x.stride(0), parts.stride(0), K=k, WIDE=wide, RANK=low.up.shape[2], ROWS=DECODE.rows,
+        HEADER=HEADER, COLUMNS=COLUMNS, SPAN=SPAN, PIECES=PIECES, INTERPRETED=not x.is_cuda, PDL=pdl, num_warps=PIECES,
         **extra,
     )  # fmt: skip
+
+
+@functools.cache
+def _ones(k: int, device: torch.device) -> torch.Tensor:
+    """In the place of a norm's weight. Without that factor the assembler asks for a few numbers of x at a time, to save registers, and waits for
+    them one after the other."""
+    return torch.ones(k, dtype=torch.bfloat16, device=device)
