@@ -111,13 +111,18 @@ def test_a_head_that_has_no_agent_yet_is_asked_again(monkeypatch: pytest.MonkeyP
     late = "Traceback (most recent call last):\nTimeoutError: Failed to get head node agent within 10 seconds. The last exception is None"
     answers = [
         httpx.Response(500, text=late),
-        httpx.Response(500, text=late),
+        httpx.Response(500, text="No available agent to submit job, please try again later."),
         httpx.Response(200, json={"submission_id": "greeting"}),
     ]
     monkeypatch.setattr(jobs, "POLL_S", 0)
     with jobs.RayJobs("http://127.0.0.1:9", None) as ray_jobs:
+        ray_jobs._http.close()
         ray_jobs._http = httpx.Client(base_url="http://head", transport=httpx.MockTransport(lambda request: answers.pop(0)))
         assert ray_jobs.submit("true") == "greeting" and not answers
         answers.append(httpx.Response(500, text="Traceback\nValueError: no such entrypoint"))
         with pytest.raises(jobs.JobRefusedError, match="no such entrypoint"):
+            ray_jobs.submit("true")
+        monkeypatch.setattr(jobs, "AGENT_TIMEOUT_S", -1.0)
+        answers.append(httpx.Response(500, text=late))
+        with pytest.raises(jobs.JobRefusedError, match="head node agent"):
             ray_jobs.submit("true")

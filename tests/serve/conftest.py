@@ -73,7 +73,7 @@ def settings(adapter: Path) -> ServeSettings:
 
 def start_ray(num_cpus: int) -> None:
     """A Ray of this process, whichever others run here. Ray gives its own processes 30 seconds, which a busy machine may not keep: then
-    once more."""
+    twice more."""
     for left in (2, 1, 0):
         try:
             ray.init("local", num_cpus=num_cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=False)

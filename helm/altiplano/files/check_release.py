@@ -5,7 +5,7 @@ import time
 import urllib.error
 import urllib.request
 
-PATIENCE_S = 30  # with one attempt: the first answer of a service that has just started takes its time
+PATIENCE_S = 30  # with one service in a round: the first answer of a service that has just started takes its time
 
 
 def answers(url: str) -> str | None:
@@ -21,7 +21,8 @@ def answers(url: str) -> str | None:
 
 
 def check(services: dict[str, str], timeout_s: float) -> dict[str, str]:
-    """What is wrong, by name, after `timeout_s` seconds and the attempt that is under way then; empty when all answer."""
+    """What is wrong, by name, after `timeout_s` seconds and the round that is under way then, `PATIENCE_S` for each service at most; empty
+    when all answer."""
     deadline = time.monotonic() + timeout_s
     wrong: dict[str, str] = {}
     while True:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from altiplano import spec
     from altiplano.pipeline.workspace import Workspace
 
+# Tests put a driver in its place that stands still where they want it to.
 DRIVER = [sys.executable, "-m", "altiplano.pipeline.driver"]
 WorkspaceOption = Annotated[Path, typer.Option("--workspace", "-w", help="Directory of runs and services (run.storage_path).")]
 

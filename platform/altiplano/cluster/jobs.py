@@ -17,13 +17,13 @@ import httpx
 from altiplano.cluster.jobs_package import Package
 
 DASHBOARD_PORT = 8265
-ANSWER_TIMEOUT_S = 60.0
+CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 15.0, 60.0
 UPLOAD_TIMEOUT_S = 300.0
 FINAL = ("SUCCEEDED", "FAILED", "STOPPED")
 POLL_S = 0.5
 HEARTBEAT_S = 60.0  # a followed stream is given up when half of this passes without an answer to it
 # A head that has just started has no agent that could run a job. Ray waits 10 s for it, which a busy machine may not keep.
-NO_AGENT, AGENT_TIMEOUT_S = "Failed to get head node agent", 120.0
+NO_AGENT, AGENT_TIMEOUT_S = ("Failed to get head node agent", "No available agent"), 120.0
 
 
 class RayUnreachableError(ConnectionError):
@@ -59,7 +59,8 @@ class RayJobs:
         self._address = address.rstrip("/")
         self._place = place or self._address
         self._headers = {"authorization": f"Bearer {token}"} if token else {}
-        self._http = httpx.Client(base_url=self._address, headers=self._headers, timeout=ANSWER_TIMEOUT_S)
+        timeout = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+        self._http = httpx.Client(base_url=self._address, headers=self._headers, timeout=timeout)
 
     def __enter__(self) -> "RayJobs":
         return self
@@ -78,9 +79,11 @@ class RayJobs:
         num_gpus: float | None = None,
         resources: Mapping[str, float] | None = None,
     ) -> str:
-        """Start a job and return its id. `working_dir` is uploaded, unless the cluster has the same bytes already.
+        """Start a job and return its id. `working_dir` is uploaded, unless the cluster has the same bytes already. A head that has no agent
+        yet is asked again for two minutes.
 
         Raises:
+            RayUnreachableError: the dashboard does not answer.
             JobRefusedError: Ray does not take it, for example because the id is taken.
             PackageError: the directory is too large to be sent.
         """
@@ -102,7 +105,7 @@ class RayJobs:
                 started: str = self._request("POST", "/api/jobs/", json=body).json()["submission_id"]
                 return started
             except JobRefusedError as error:
-                if NO_AGENT not in str(error) or time.monotonic() > deadline:
+                if not any(text in str(error) for text in NO_AGENT) or time.monotonic() > deadline:
                     raise
             time.sleep(POLL_S)
 

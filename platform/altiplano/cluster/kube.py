@@ -1,7 +1,7 @@
 """The Kubernetes API through its own client, objects as the JSON that the server speaks.
 
-Every call ends within seconds. What goes wrong becomes one sentence that says what to do: a server that does not answer is a
-ClusterUnreachableError, an answer that is no is a RefusedError.
+A server that cannot be reached is told within seconds; one that was reached has a minute to answer. What goes wrong becomes one sentence
+that says what to do: a server that does not answer is a ClusterUnreachableError, an answer that is no is a RefusedError.
 """
 
 import json

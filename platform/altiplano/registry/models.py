@@ -39,7 +39,8 @@ class ModelVersion:
 
 
 class ModelRegistry:
-    """Adapters in MLflow's registry. Every call raises RegistryUnavailableError within seconds when the server is away."""
+    """Adapters in MLflow's registry. Every call raises RegistryUnavailableError when the server is away: at once when nobody listens,
+    within about a minute when it says nothing."""
 
     def __init__(self, tracking_uri: str) -> None:
         self._uri, self._client = tracking_uri, client(tracking_uri)

@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx
 
 START_TIMEOUT_S = 120.0
-# A server that is not there refuses at once; one that stands still on a busy machine must not be taken for gone.
-ANSWER_TIMEOUT_S = 30.0
+# Its kernel takes connections while it stands still on a busy machine: then it must not be taken for gone.
+CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 30.0
 # Servers outlive us on purpose; without this reference Python warns that they are still running.
 _detached: list[subprocess.Popen[bytes]] = []
 
@@ -76,6 +76,7 @@ def _check_port(port: int) -> None:
 def is_healthy(uri: str) -> bool:
     """Whether an MLflow server answers at `uri`."""
     try:
-        return httpx.get(f"{uri}/health", timeout=ANSWER_TIMEOUT_S).status_code == 200
+        timeout = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+        return httpx.get(f"{uri}/health", timeout=timeout).status_code == 200
     except httpx.HTTPError:
         return False

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def client(tracking_uri: str) -> MlflowClient:
-    """A client that gives up within a minute: whoever calls has a spool or a message for the user.
+    """A client that gives up within about a minute: whoever calls has a spool or a message for the user.
 
     Not in less: it asks again after silence, and a slow server that was asked twice opens two runs.
     """
@@ -108,11 +108,17 @@ def replay(directory: Path, tracking_uri: str) -> int:
     """
     done = 0
     for path in _oldest_first(directory):
-        with contextlib.suppress(FileNotFoundError), path.open("r+") as stream:  # another process may have sent it meanwhile
+        try:
+            stream = path.open("r+")
+        except FileNotFoundError:
+            continue  # another process has sent it
+        with stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue  # its writer lives, or somebody else is sending it
+            if os.fstat(stream.fileno()).st_nlink == 0:
+                continue  # it was sent between our two looks
             entries = [json.loads(line) for line in stream.read().splitlines() if line.endswith("}")]
             if not entries and time.time() - os.fstat(stream.fileno()).st_mtime < YOUNG_S:
                 continue  # its writer may be about to lock it

@@ -17,6 +17,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 _LENGTH = struct.Struct("<I")
 CACHED_GRAMMARS = 64
+STALLED = 40  # times its limit on a clock: what waits so long without computing will not come, and others wait behind it
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -141,13 +142,16 @@ def main() -> None:
     settings = msgspec.msgpack.decode(first, type=Settings)
     grammars = Grammars(settings)
     resource.setrlimit(resource.RLIMIT_AS, (settings.limit_bytes, settings.limit_bytes))
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    for limit in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(limit, signal.SIG_DFL)
     write_frame(sink, Ready())
     while (body := read_frame(source)) is not None:
         # No handler: Python would run it only after the library's call has returned.
         signal.setitimer(signal.ITIMER_PROF, settings.limit_s)
+        signal.setitimer(signal.ITIMER_REAL, STALLED * settings.limit_s)
         answer = grammars.answer(_decode_question(body))
         signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         if answer is not None:
             write_frame(sink, answer)
 

@@ -12,7 +12,8 @@ With guesses (see `guesses.py`) the host does not know either how many tokens a 
 pages for all of them, counts the certain ones as computed, and corrects itself when the burst is read.
 
 A graph with guesses takes a tenth of a second to capture, and guesses begin where few requests run and every token is waited for. So
-these graphs, 16 at most, are captured while nobody waits: at the start, with an adapter that comes to an idle engine, and after sleep.
+these graphs, 16 at most, are captured while nobody waits: at the start, with an adapter that comes to an idle engine, after sleep, and
+those of an adapter that came beside answers when an endpoint is quiet.
 """
 
 from dataclasses import dataclass
