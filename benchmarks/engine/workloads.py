@@ -5,7 +5,7 @@ usage: PYTHONPATH=platform:kernels python benchmarks/engine/workloads.py MODEL [
        one JSON record per line and writes them to FILE.
 
 What W1-W4 are says definitions.py. W2-B256-2048: decode steps at context 2 048, without the loop. lora: bf16, and all requests with one adapter of
-rank 16 on every linear layer (for W1); lora-8: with eight adapters in turn (for W2-B8); steps of up to 16 rows then stay on the kernels for few
+rank 16 on every linear layer (for W1); lora-8: with eight adapters in turn (for W2-B8); steps of a few rows then stay on the kernels for few
 rows, and with "-general" they leave them, as the engine's do.
 """
 

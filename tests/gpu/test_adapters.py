@@ -16,7 +16,7 @@ from .captured import captured  # noqa: E402
 KINDS = ("lora", "rslora", "dora")
 
 
-def write_adapters(root: Path) -> tuple[Path, dict[str, Path]]:
+def write_adapters(root: Path, spread: float = 0.05) -> tuple[Path, dict[str, Path]]:
     """A base and an adapter of each kind, with ranks that differ, large enough to change most tokens."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -31,7 +31,7 @@ def write_adapters(root: Path) -> tuple[Path, dict[str, Path]]:
         num_key_value_heads=2,
         head_dim=64,
         tie_word_embeddings=True,
-        initializer_range=0.05,
+        initializer_range=spread,
         eos_token_id=4095,
     )
     for kind, rank in zip(KINDS, (4, 16, 24), strict=True):

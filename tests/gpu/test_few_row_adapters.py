@@ -15,6 +15,8 @@ pytestmark = [
 ]
 
 from altiplano.engine import EngineConfig, SamplingParams  # noqa: E402
+from altiplano.engine.cuda.adapter_pool import AdapterPool  # noqa: E402
+from altiplano.engine.cuda.few_rows import FewRows  # noqa: E402
 from altiplano.engine.cuda.overlap import OverlappedEngine  # noqa: E402
 from altiplano.engine.cuda.runner import CudaRunner  # noqa: E402
 from altiplano_kernels.few_rows import kernel as few  # noqa: E402
@@ -29,6 +31,7 @@ from altiplano_kernels.swiglu.reference import swiglu  # noqa: E402
 
 from .captured import captured  # noqa: E402
 from .test_adapters import answers, requests, write_adapters  # noqa: E402
+from .test_guesses import Always, without  # noqa: E402
 
 EPS, PAGE = 1e-5, 32
 Bounds = tuple[int, ...]
@@ -61,6 +64,7 @@ class Pool:
         self.gain = 1 + bf16(count, n, spread=0.3) if tuned_norms else torch.ones_like(self.up[:, :, 0])
         self.owners = torch.zeros(few.MOST_ROWS, 2, dtype=torch.int32, device="cuda")
         self.parts = torch.full((splits_of(k), few.MOST_ROWS, len(bounds) * rank), float("nan"), device="cuda")
+        self.ones = torch.ones(k, dtype=torch.bfloat16, device="cuda")
         self.low = LowRank(self.owners, self.parts, self.up, self.gain, bounds)
         self.tiles = torch.zeros(most_tiles(few.MOST_ROWS, count, DECODE) * (3 + DECODE.rows), dtype=torch.int32, device="cuda")
 
@@ -71,7 +75,7 @@ class Pool:
         self.tiles.copy_(torch.tensor(list_tiles(owners, self.ranks, DECODE, count), dtype=torch.int32))
 
     def shrunk(self, x: torch.Tensor, gamma: torch.Tensor | None = None, pdl: bool = True) -> LowRank:
-        shrink(x, self.down, self.low, self.tiles, gamma, pdl)
+        shrink(x, self.down, self.low, self.tiles, self.ones if gamma is None else gamma, pdl)
         return self.low
 
     def update(self, product: torch.Tensor, x: torch.Tensor, owners: list[int]) -> torch.Tensor:
@@ -252,8 +256,10 @@ def make(
     return engine
 
 
-def logits_of(engine: OverlappedEngine, owners: list[str | None], few_rows: bool, some: list[int] | None = None) -> torch.Tensor:
-    """Of one step of all rows, or of `some`, behind random keys and values, which are the same each time."""
+def prepare(
+    engine: OverlappedEngine, owners: list[str | None], some: list[int] | None = None
+) -> tuple[CudaRunner, FewRows, AdapterPool, torch.Tensor]:
+    """All rows, or `some`, before a greedy step behind random keys and values, which are the same each time."""
     runner = engine.runner
     assert isinstance(runner, CudaRunner) and runner.stepper.few is not None and runner._pool is not None
     torch.manual_seed(3)
@@ -268,12 +274,17 @@ def logits_of(engine: OverlappedEngine, owners: list[str | None], few_rows: bool
     runner.slots.write(slots, [9 * slot for slot in slots], [7 * slot + 2 for slot in slots], [0] * count, [0.0] * count, slots)
     some = slots if some is None else some
     runner._pool.set_rows([owners[slot] for slot in some], len(some))
-    rows = torch.tensor(some, dtype=torch.int32, device="cuda")
+    return runner, runner.stepper.few, runner._pool, torch.tensor(some, dtype=torch.int32, device="cuda")
+
+
+def logits_of(engine: OverlappedEngine, owners: list[str | None], few_rows: bool, some: list[int] | None = None) -> torch.Tensor:
+    """Of one step of all rows, or of `some`. More than eight rows are not always for these kernels, but they can do them."""
+    runner, kernels, pool, rows = prepare(engine, owners, some)
     with torch.inference_mode():
         if few_rows:
-            assert runner.stepper.few.takes(len(rows), runner._pool)
-            return runner.stepper.few.logits(rows, 1, runner._pool).clone()
-        return runner.stepper.logits(runner.model.decode_hidden(rows, runner._pool.decode_update(len(rows)))).float()
+            assert kernels.takes(min(len(rows), 8), pool)
+            return kernels.logits(rows, 1, pool).clone()
+        return runner.stepper.logits(runner.model.decode_hidden(rows, pool.decode_update(len(rows)))).float()
 
 
 @pytest.mark.parametrize("count", [1, 8, 16])
@@ -288,12 +299,17 @@ def test_steps_agree_with_those_of_other_kernels(
     owners = [names[(i + 1) % len(names)] for i in range(count)]
     found, wanted = (logits_of(engine, owners, few_rows) for few_rows in (True, False))
     none = torch.tensor([owner is None for owner in owners], device="cuda")
-    without = logits_of(engine, [None] * count, True)
-    assert torch.equal(found[none], without[none])
+    runner, kernels, pool, rows = prepare(engine, owners)
+    with torch.inference_mode():
+        plain = kernels.logits(rows, 1).clone()
+        prepare(engine, owners)
+        kernels.step(rows, 1, pool)
+    assert torch.equal(found[none], plain[none])
+    assert torch.equal(runner.slots.tokens[rows.long()].long(), found.argmax(-1))
     apart = [error(found[i], wanted[i]) for i in range(count)]
     # The head of packed weights has codes in one of them and bf16 in the other.
     assert max(apart) < (0.05 if quantization == "none" else 0.08), apart
-    assert min([1.0, *(error(without[i], wanted[i]) for i in range(count) if not none[i])]) > 0.1, "adapters change logits"
+    assert min([1.0, *(error(plain[i], wanted[i]) for i in range(count) if not none[i])]) > 0.1, "adapters change logits"
 
 
 @pytest.mark.parametrize("quantization", ["none", "int4"])
@@ -324,6 +340,14 @@ def test_a_row_of_a_step_that_may_check_guesses_is_the_same_alone_and_among_sixt
     whole = logits_of(engine, owners, True)
     for row in (0, 3, 9, 14):
         assert torch.equal(logits_of(engine, owners, True, [row])[0], whole[row])
+
+
+def test_guesses_change_no_token_of_any_adapter(tmp_path: Path) -> None:
+    narrow = write_adapters(tmp_path, 0.02)  # answers repeat themselves
+    guessing, plain = (make(narrow, True, guesses=3) for _ in range(2))
+    guessing._payoffs.of = lambda requests: Always()  # type: ignore[method-assign, assignment]
+    without(plain)
     params = SamplingParams(max_tokens=48, temperature=0.0, ignore_eos=True)
-    asked = [([5, 6, 7, 8] * 5, name, params) for name in names]
-    assert all(len(tokens) == 48 for tokens in answers(engine, asked))
+    asked = [([5, 6, 7, 8] * 5, name, params) for name in (None, *narrow[1])]
+    assert answers(guessing, asked) == answers(plain, asked)
+    assert 0 < guessing.stats().accepted_tokens <= guessing.stats().guessed_tokens and plain.stats().guessed_tokens == 0

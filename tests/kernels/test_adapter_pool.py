@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from altiplano.engine.adapters import MODULES, Adapter, Pair  # noqa: E402
 from altiplano.engine.config import LlamaConfig  # noqa: E402
 from altiplano.engine.cuda.adapter_pool import PRODUCTS, AdapterPool, Update  # noqa: E402
+from altiplano.engine.errors import AdapterError  # noqa: E402
 from altiplano_kernels.lora.reference import add_lora  # noqa: E402
 from altiplano_kernels.multi_lora.kernel import PREFILL  # noqa: E402
 
@@ -98,6 +99,16 @@ def test_a_few_rows_get_the_first_half_of_their_own_adapters() -> None:
     for owners in (["a", None, "b", "a", "c"], [None, "c", "c", "b", "b", "b", "a", None, *["b"] * 8], [None, "b"]):
         pool.set_rows(owners, 16)
         check(update, owners, adapters)
+
+
+def test_a_pool_that_nearly_fits_is_refused_like_one_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    for last in ("zeros", "empty", "ones"):
+        with monkeypatch.context() as patch, pytest.raises(AdapterError, match="lower either of them"):
+            patch.setattr(torch, last, full)
+            AdapterPool(MODEL, max_loras=2, max_rank=16, max_batch=4, device=DEVICE)
 
 
 def test_nothing_of_an_adapter_is_left_when_its_place_has_a_new_owner() -> None:

@@ -31,7 +31,7 @@ def check(owners: list[int], k: int, modules: int, normed: bool, spare: int = 0)
             # Zeros behind the rank as the pool has them, and poison where nothing may be read.
             down[adapter, module * POOL_RANK + rank : (module + 1) * POOL_RANK] = 0
             down[adapter, module * POOL_RANK + -(-rank // 16) * 16 : (module + 1) * POOL_RANK] = float("nan")
-    gamma = 1 + bf16(k, spread=0.2) if normed else None
+    gamma = 1 + bf16(k, spread=0.2) if normed else torch.ones(k, dtype=torch.bfloat16, device=DEVICE)
     parts = torch.full((splits_of(k), ROWS, wide), UNTOUCHED, device=DEVICE)
     pairs = [(owner, RANKS[owner - 1] if owner else 0) for owner in owners]
     up, gain = bf16(len(RANKS), 16, POOL_RANK), bf16(len(RANKS), 16)
@@ -45,8 +45,7 @@ def check(owners: list[int], k: int, modules: int, normed: bool, spare: int = 0)
         assert bool((parts.view(-1, ROWS, modules, POOL_RANK)[:, row, :, written:] == UNTOUCHED).all())
         if not owner:
             continue
-        given = x[row].double() if gamma is None else x[row].double() * gamma.double()
-        wanted = (down[owner - 1].double() @ given).view(modules, POOL_RANK)[:, :written]
+        wanted = (down[owner - 1].double() @ (x[row].double() * gamma.double())).view(modules, POOL_RANK)[:, :written]
         error = float((found[row, :, :written].double() - wanted).norm() / wanted.norm())
         assert error < 1e-2, (row, owner, error)  # the interpreter cuts bf16 off where a GPU rounds
         assert not found[row, :, rank:written].any(), "behind the rank there are zeros"

@@ -101,3 +101,5 @@ def test_steps_with_adapters_are_for_few_rows_only_where_that_is_asked_for(model
     assert taken == [None, pool]
     assert few.takes(16, pool) and not few.takes(17, pool)
     assert few.takes(1, huge) and not few.takes(16, huge), "shared memory is for a rank that fits"
+    few.most_rows = 8
+    assert few.takes(8, pool) and not few.takes(9, pool), "where tiles are faster without adapters nothing is known with them"

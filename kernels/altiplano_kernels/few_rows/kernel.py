@@ -12,7 +12,8 @@ from altiplano_kernels.few_rows.shrink import LowRank, splits_of
 LINEAR, BEGIN = (Path(__file__).with_name(name) for name in ("linear.cu", "begin.cu"))
 MOST_ROWS = 16
 PLAIN, RESIDUAL, QKV, SWIGLU, DRAW, LOGITS = range(6)
-SHARED = (227 - 33) * 1024  # bytes that a block may have, less its static variables
+# Bytes that a block may have, less its static variables: 33 KiB at 16 warps and more than 8 rows where blocks take no turns, else less.
+SHARED = (227 - 33) * 1024
 CHUNK = {16: 64, 8: 128, 4: 128}  # k of one warp's turn, by bits of a weight
 Weight = torch.Tensor | Packed
 _Begin = struct(
@@ -268,15 +269,15 @@ def _launch(
         ("MODE", mode), ("NORM", int(norm)), ("BITS", bits), ("K", k), ("WARPS", plan.warps), ("DEPTH", plan.depth), ("NT", columns),
         ("EARLY", int(plan.early)), ("TURNS", int(turns)), ("HEAD_DIM", dim), ("HEADS", heads), ("KV_HEADS", kv_heads), ("PAGE", page),
     )  # fmt: skip
+    shared = max(shared_bytes(rows, k, norm, 0 if low is None else low.parts.shape[2]), plan.room * 1024)
     if low is not None:
         values |= _updates(low, rows)
         rank, modules = low.up.shape[2], len(low.bounds)
         plain = build(LINEAR, "few_rows_linear", options, x.device.index)
-        # As many blocks on a processor as without adapters: plans rely on it.
-        blocks, one = max(1, plain.resident(plan.warps * 32)), not turns and (plan.blocks or tiles) >= tiles
-        options += (("RANK", rank), ("MODULES", modules), ("SPLITS", low.parts.shape[0]), ("BLOCKS", blocks), ("ONE", int(one)))
+        # As many blocks on a processor as without adapters, if shared memory has room for their sums: plans rely on it.
+        held, one = max(1, plain.resident(plan.warps * 32, shared)), not turns and (plan.blocks or tiles) >= tiles
+        options += (("RANK", rank), ("MODULES", modules), ("SPLITS", low.parts.shape[0]), ("BLOCKS", held), ("ONE", int(one)))
     kernel = build(LINEAR, "few_rows_linear", options, x.device.index)
-    shared = max(shared_bytes(rows, k, norm, 0 if low is None else low.parts.shape[2]), plan.room * 1024)
     kernel.allow(shared)
     given = {name: value.data_ptr() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
     if gamma is not None:

@@ -60,7 +60,7 @@ struct Args {
   int rows, tiles, stride_x, stride_out, limit;  // limit: N of one half for SWIGLU
 #ifdef RANK
   const Owner* owners;   // [rows], not of this step's kernels
-  const float* parts;    // [SPLITS, rows, MODULES * RANK], parts stride_part apart
+  const float* parts;    // [SPLITS, rows or more, MODULES * RANK], parts stride_part apart
   const u16* up;         // bf16 [adapters, outputs, RANK]
   const u16* gain;       // bf16 [adapters, outputs]
   int outputs, stride_part, first_end, second_end;  // outputs: N; where the first and the second module's outputs end
@@ -218,7 +218,11 @@ __device__ __forceinline__ int take_turn(const Args& a) { return gridDim.x + ato
 #define BOUNDS THREADS
 #endif
 extern "C" __global__ void __launch_bounds__(BOUNDS) few_rows_linear(const Args a) {
+#ifdef RANK
+  extern __shared__ __align__(16) u16 xs[];  // the same, then the sums of `fetch_shrunk`, which are copied by 16 bytes
+#else
   extern __shared__ u16 xs[];  // NORM: [rows, XPAD], x * gamma in bf16
+#endif
   __shared__ float sums[2][WARPS * 16][COLS];
   __shared__ float squares[COLS][WARPS];
   __shared__ int turns[2];

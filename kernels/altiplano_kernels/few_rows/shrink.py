@@ -5,7 +5,6 @@ it takes itself is hidden behind those weights in part. It, too, asks for its we
 rows are there: pieces of the sum lie in different warps, because a warp's products wait for each other.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -84,27 +83,20 @@ def _shrink_kernel(
 
 
 def shrink(
-    x: torch.Tensor, down: torch.Tensor, low: LowRank, tiles: torch.Tensor, gamma: torch.Tensor | None = None, pdl: bool = False
+    x: torch.Tensor, down: torch.Tensor, low: LowRank, tiles: torch.Tensor, gamma: torch.Tensor, pdl: bool = False
 ) -> None:
     """low.parts.sum(0)[i] = (x[i] * gamma) @ down[a].T for each row i in `tiles` and its adapter a. Other rows, and columns behind a's rank,
     are left as they are. Capturable.
 
     The norm's factor of a row is left to the product, which has it anyway. x: bf16 [rows, k]; down: bf16 [adapters, modules * rank, k]; tiles:
-    int32, of `multi_lora.kernel.list_tiles` for `DECODE`; gamma: bf16 [k], without which rows are taken as they are. With `pdl` the next kernel
-    starts at once: what it reads before it waits must be no kernel's of this step.
+    int32, of `multi_lora.kernel.list_tiles` for `DECODE`; gamma: bf16 [k or more], ones where there is no norm. With `pdl` the next kernel starts
+    at once: no kernel of this step may write what that one reads before it waits, nor `down`, `tiles` and `gamma`.
     """
     parts, (_, wide, k) = low.parts, down.shape
     assert parts.shape[0] == splits_of(k) and parts.shape[2] == wide and parts[0].is_contiguous() and wide % COLUMNS == 0
     extra = {"launch_pdl": True} if pdl else {}
     _shrink_kernel[(tiles.numel() // (HEADER + DECODE.rows), wide // COLUMNS, parts.shape[0])](
-        x, _ones(k, x.device) if gamma is None else gamma, down, parts, tiles, x.stride(0), parts.stride(0), K=k, WIDE=wide, RANK=low.up.shape[2], ROWS=DECODE.rows,
-        HEADER=HEADER, COLUMNS=COLUMNS, SPAN=SPAN, PIECES=PIECES, INTERPRETED=not x.is_cuda, PDL=pdl, num_warps=PIECES,
+        x, gamma, down, parts, tiles, x.stride(0), parts.stride(0), K=k, WIDE=wide, RANK=low.up.shape[2], ROWS=DECODE.rows, HEADER=HEADER,
+        COLUMNS=COLUMNS, SPAN=SPAN, PIECES=PIECES, INTERPRETED=not x.is_cuda, PDL=pdl, num_warps=PIECES,
         **extra,
     )  # fmt: skip
-
-
-@functools.cache
-def _ones(k: int, device: torch.device) -> torch.Tensor:
-    """In the place of a norm's weight. Without that factor the assembler asks for a few numbers of x at a time, to save registers, and waits for
-    them one after the other."""
-    return torch.ones(k, dtype=torch.bfloat16, device=device)

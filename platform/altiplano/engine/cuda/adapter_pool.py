@@ -58,20 +58,23 @@ class AdapterPool:
             "down": (wide, (hidden,)),
         }
         lead = (config.num_hidden_layers, max_loras)
+        tiles = most_tiles(max_batch, max_loras, shape) * (HEADER + shape.rows)
+        room = max(splits_of(inputs) * len(outputs) for inputs, outputs in sizes.values()) * MOST_ROWS * self._rank
         try:
             self.products = {name: self._room(lead, inputs, outputs, device) for name, (inputs, outputs) in sizes.items()}
+            # Adapter and rank of each of a few rows, then tiles of any number: side by side, so that one copy sends both.
+            self._rows = torch.zeros(2 * MOST_ROWS + tiles, dtype=torch.int32, device=device)
+            self._shrunk = torch.empty(room, dtype=torch.float32, device=device)
+            # In the place of a norm's weight. Without that factor the assembler asks for a few numbers of x at a time, to save registers,
+            # and waits for them one after the other.
+            self._ones = torch.ones(max(inputs for inputs, _ in sizes.values()), dtype=torch.bfloat16, device=device)
         except torch.OutOfMemoryError as error:
             numbers = sum(len(outputs) * inputs + sum(outputs) for inputs, outputs in sizes.values()) * self._rank
             raise AdapterError(
                 f"adapters need {numbers * lead[0] * lead[1] * 2 / 2**30:.1f} GiB at max_loras {max_loras} and max_lora_rank {max_rank}, "
                 "and the GPU has less left: lower either of them, or num_blocks"
             ) from error
-        # Adapter and rank of each of a few rows, then tiles of any number: side by side, so that one copy sends both.
-        numbers = most_tiles(max_batch, max_loras, shape) * (HEADER + shape.rows)
-        self._rows = torch.zeros(2 * MOST_ROWS + numbers, dtype=torch.int32, device=device)
         self.row_adapters, self._tiles = self._rows[: 2 * MOST_ROWS].view(MOST_ROWS, 2), self._rows[2 * MOST_ROWS :]
-        room = max(splits_of(inputs) * len(outputs) for inputs, outputs in sizes.values()) * MOST_ROWS * self._rank
-        self._shrunk = torch.empty(room, dtype=torch.float32, device=device)
 
     def load(self, adapter: Adapter) -> None:
         """Copy an adapter into its place, or into a free one; there must be one."""
@@ -114,10 +117,12 @@ class AdapterPool:
         """The update of a decode step of `bucket` rows, by the list of the last `set_rows`. Capturable."""
         return partial(self._add, self._decode_tiles(bucket), self._shape, self._tiles.is_cuda)
 
-    def shared_bytes(self, rows: int) -> int:
+    def most_shared_bytes(self, rows: int) -> int:
         """Shared memory that a block of a product of so many rows needs, at most."""
-        needs = [(name, product.down.shape) for name, product in self.products.items()]
-        return max(shared_bytes(rows, k, name in ("qkv", "gate_up"), wide) for name, (_, _, wide, k) in needs)
+        return max(
+            shared_bytes(rows, product.down.shape[3], name in ("qkv", "gate_up"), product.down.shape[2])
+            for name, product in self.products.items()
+        )
 
     def low_rank(self, name: str, layer: int, x: torch.Tensor, gamma: torch.Tensor | None = None) -> LowRank:
         """The first half of a product's update of up to `MOST_ROWS` rows, by the list of the last `set_rows`; the product itself adds it, and must
@@ -130,7 +135,8 @@ class AdapterPool:
         wide = product.down.shape[2]
         parts = self._shrunk[: splits * MOST_ROWS * wide].view(splits, MOST_ROWS, wide)
         low = LowRank(self.row_adapters, parts, product.up[layer], product.gain[layer], product.bounds)
-        shrink(x, product.down[layer], low, self._decode_tiles(len(x)), gamma, pdl=x.is_cuda)
+        weight = self._ones[: x.shape[1]] if gamma is None else gamma
+        shrink(x, product.down[layer], low, self._decode_tiles(len(x)), weight, pdl=x.is_cuda)
         return low
 
     def update(self, tiles: torch.Tensor, shape: Shape) -> Update:

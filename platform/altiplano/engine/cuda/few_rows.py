@@ -4,7 +4,8 @@
 
 Weights are asked for before a kernel waits for its predecessor, so device memory is never idle between kernels; logits are written for
 filters alone. With an 8-bit cache a separate kernel rotates and quantizes, because a scale needs a whole head. Where rows have adapters, a
-kernel before each of a layer's products does the first half of their update, and the product the second one.
+kernel before each of a layer's products does the first half of their update, and the product the second one (`takes_adapters`; off until it
+has been measured).
 """
 
 from collections.abc import Sequence
@@ -47,9 +48,8 @@ class FewRows:
         self._logits: torch.Tensor | None = None  # made at the first step that needs it
         self.plans: dict[str, few.Plan] = {}  # overrides, for tuning
         self.shape: Shape | None = None  # of attention, likewise
-        self.takes_adapters = (
-            False  # off until it has been measured; benchmarks and tests/gpu set it before the first step with adapters
-        )
+        # Off until it has been measured; benchmarks and tests/gpu set it before the first step with adapters.
+        self.takes_adapters = False
         self._steady = steady
         # From nine rows on tiles are faster, but their sums are not those of one row, and packed weights have none.
         tiled = not steady and bool(model.tilings_of(few.MOST_ROWS))
@@ -70,16 +70,15 @@ class FewRows:
 
     def takes(self, rows: int, adapters: AdapterPool | None) -> bool:
         """Whether steps of so many rows, which may have `adapters`, are for these kernels."""
-        if adapters is None:
-            return rows <= self.most_rows
-        # The tiles that are faster from nine rows on have no adapters.
-        return self.takes_adapters and rows <= few.MOST_ROWS and adapters.shared_bytes(rows) <= few.SHARED
+        if adapters is not None and not (self.takes_adapters and adapters.most_shared_bytes(rows) <= few.SHARED):
+            return False
+        return rows <= self.most_rows
 
     def step(self, rows: torch.Tensor, fresh: int = 1, adapters: AdapterPool | None = None) -> None:
         """One token for each slot in `rows`: int32 [rows]; draws it and advances the slots. Capturable.
 
         `fresh`: how many rows may belong to one request, at neighbouring positions; `adapters`: what rows may have, by its last `set_rows`. A row
-        without one is computed as in a step without any, to the bit.
+        without one is computed as by these kernels in a step without any, to the bit.
         """
         residual, weights, slots, scratch = self._residual(rows, fresh, adapters), self._weights, self._model.slots, self._scratch
         blocks = few.norm_draw(
