@@ -219,7 +219,7 @@ __device__ __forceinline__ int take_turn(const Args& a) { return gridDim.x + ato
 #endif
 extern "C" __global__ void __launch_bounds__(BOUNDS) few_rows_linear(const Args a) {
 #ifdef RANK
-  extern __shared__ __align__(16) u16 xs[];  // the same, then the sums of `fetch_shrunk`, which are copied by 16 bytes
+  extern __shared__ __align__(16) u16 xs[];  // as below, then what `fetch_shrunk` copies, 16 bytes at a time
 #else
   extern __shared__ u16 xs[];  // NORM: [rows, XPAD], x * gamma in bf16
 #endif
