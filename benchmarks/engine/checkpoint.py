@@ -67,5 +67,19 @@ def write_checkpoint(config: Mapping[str, Any], where: Path, shard_bytes: int = 
     (where / "config.json").write_text(json.dumps(dict(config), indent=1))
 
 
+def write_adapter(config: Mapping[str, Any], where: Path, rank: int, seed: int = 0) -> None:
+    """A LoRA of every linear layer as PEFT writes it, random in both halves."""
+    generator, made = torch.Generator().manual_seed(seed), {}
+    for name, shape in shapes(config):
+        if "_proj." in name:
+            key = f"base_model.model.{name.removesuffix('.weight')}.lora"
+            for half, size in (("A", (rank, shape[1])), ("B", (shape[0], rank))):
+                made[f"{key}_{half}.weight"] = torch.empty(size, dtype=torch.bfloat16).normal_(0, SPREAD, generator=generator)
+    where.mkdir(parents=True, exist_ok=True)
+    save_file(made, where / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "init_lora_weights": True}
+    (where / "adapter_config.json").write_text(json.dumps(settings))
+
+
 if __name__ == "__main__":
     write_checkpoint(model_config(sys.argv[1]), Path(sys.argv[2]))

@@ -1,15 +1,19 @@
 """W1-W4 on our engine, random weights at the public Llama 3.2 shapes: what the programs for vLLM and SGLang measure, the same way.
 
 usage: PYTHONPATH=platform:kernels python benchmarks/engine/workloads.py MODEL [--variant VARIANT] [--only W1,W2-B64,…] [--out FILE] [--commit HASH];
-       VARIANT: bf16, kv-fp8, kv-int8, w-int8, w-int4, w8a8-fp8, w8a8-int8 or deterministic; prints one JSON record per line and writes them to FILE.
+       VARIANT: bf16, kv-fp8, kv-int8, w-int8, w-int4, w8a8-fp8, w8a8-int8, deterministic, lora, lora-8, lora-general or lora-8-general; prints
+       one JSON record per line and writes them to FILE.
 
-What W1-W4 are says definitions.py. W2-B256-2048: decode steps at context 2 048, without the loop.
+What W1-W4 are says definitions.py. W2-B256-2048: decode steps at context 2 048, without the loop. lora: bf16, and all requests with one adapter of
+rank 16 on every linear layer (for W1); lora-8: with eight adapters in turn (for W2-B8); steps of a few rows then stay on the kernels for few
+rows, and with "-general" they leave them, as the engine's do.
 """
 
 import argparse
 import gc
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +21,28 @@ from pathlib import Path
 import definitions
 import torch
 import triton
-from definitions import RUNS, SHAPES, Records, model_directory
+from checkpoint import write_adapter
+from definitions import RUNS, SHAPES, Records, model_config, model_directory
 
 from altiplano.engine import EngineConfig, SamplingParams
 from altiplano.engine.cuda.overlap import OverlappedEngine
 from altiplano.engine.cuda.runner import CudaRunner
 
-VARIANTS = ("bf16", "kv-fp8", "kv-int8", "w-int8", "w-int4", "w8a8-fp8", "w8a8-int8", "deterministic")
+VARIANTS = (
+    "bf16",
+    "kv-fp8",
+    "kv-int8",
+    "w-int8",
+    "w-int4",
+    "w8a8-fp8",
+    "w8a8-int8",
+    "deterministic",
+    "lora",
+    "lora-8",
+    "lora-general",
+    "lora-8-general",
+)
+RANK = 16  # of adapters
 BLOCKS = {"1b": 70_000, "3b": 35_000}
 
 
@@ -43,6 +62,9 @@ class Bench(definitions.Workloads):
         quantization = {"w": name, "w8a8": variant}.get(kind, "none")
         self.runner = CudaRunner(config, kv_cache_dtype=name if kind == "kv" else "auto", quantization=quantization)
         self.engine = OverlappedEngine(config, self.runner)
+        self.adapters: list[str] = []
+        if kind == "lora":
+            self._load_adapters(8 if name.startswith("8") else 1, general=name.endswith("general"))
         gc.collect()
         gc.freeze()  # as the engine's process does
 
@@ -50,9 +72,9 @@ class Bench(definitions.Workloads):
         params = [SamplingParams(max_tokens=n, ignore_eos=True, temperature=temperature) for n in lengths]
         torch.cuda.synchronize()
         started = time.perf_counter()
-        answers = self.engine.generate(prompts, params)
+        found = self._generate(prompts, params)
         elapsed = time.perf_counter() - started
-        assert [len(answer.token_ids) for answer in answers] == lengths
+        assert found == lengths
         return elapsed
 
     def warm_up(self, requests: int) -> None:
@@ -82,6 +104,27 @@ class Bench(definitions.Workloads):
 
         run()
         self.record(name, [run() for _ in range(RUNS)], "ms/step", False)
+
+    def _load_adapters(self, count: int, general: bool) -> None:
+        if self.runner.stepper.few is not None:
+            self.runner.stepper.few.takes_adapters = not general
+        for i in range(count):
+            with tempfile.TemporaryDirectory() as where:
+                write_adapter(model_config(self.records.model), Path(where), RANK, seed=i)
+                self.engine.load_adapter(f"adapter-{i}", Path(where))
+            self.adapters.append(f"adapter-{i}")
+
+    def _generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[int]:
+        """Tokens of each answer; where there are adapters, requests have them in turn."""
+        if not self.adapters:
+            return [len(answer.token_ids) for answer in self.engine.generate(prompts, params)]
+        tokens = {str(i): 0 for i in range(len(prompts))}
+        for i, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
+            self.engine.add_request(str(i), prompt, one, adapter=self.adapters[i % len(self.adapters)])
+        while self.engine.has_unfinished():
+            for news in self.engine.step():
+                tokens[news.request_id] += news.token_id is not None
+        return list(tokens.values())
 
     def record(self, workload: str, values: list[float], unit: str, higher: bool) -> None:
         command = f"python benchmarks/engine/workloads.py {self.records.model} --variant {self.variant} --only {workload}"

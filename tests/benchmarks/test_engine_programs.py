@@ -208,6 +208,19 @@ def test_a_start_that_fails_says_what_it_printed(peer_machine: dict[str, str], t
     assert done.stdout == "" and done.stderr.count("no card") >= 2 and "start 1 failed: exit code 1" in done.stderr
 
 
+def test_a_random_adapter_is_one_that_the_engine_loads(definitions: Any, checkpoint: Any, tmp_path: Path) -> None:
+    from altiplano.engine.adapters import MODULES, load_adapter
+    from altiplano.engine.config import read_config
+
+    config = definitions.model_config("1b") | TINY | {"intermediate_size": 256, "vocab_size": 512}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint.write_adapter(config, tmp_path / "adapter", rank=4)
+    adapter = load_adapter("a", tmp_path / "adapter", tmp_path, read_config(tmp_path), 16, torch.bfloat16, "cpu")
+    assert adapter.rank == 4 and len(adapter.pairs) == 2
+    assert all(set(layer) == set(MODULES) for layer in adapter.pairs)
+    assert all(down.any() and up.any() for layer in adapter.pairs for down, up, _ in layer.values())
+
+
 def test_a_random_checkpoint_is_one_that_the_engine_loads(definitions: Any, checkpoint: Any, tmp_path: Path) -> None:
     from altiplano.engine.config import read_config
     from altiplano.engine.weights import load_weights

@@ -16,13 +16,12 @@ from .captured import captured  # noqa: E402
 KINDS = ("lora", "rslora", "dora")
 
 
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+def write_adapters(root: Path, spread: float = 0.05) -> tuple[Path, dict[str, Path]]:
     """A base and an adapter of each kind, with ranks that differ, large enough to change most tokens."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    root, found = tmp_path_factory.mktemp("adapters"), {}
+    found: dict[str, Path] = {}
     settings = LlamaConfig(
         vocab_size=4096,
         hidden_size=512,
@@ -32,7 +31,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         num_key_value_heads=2,
         head_dim=64,
         tie_word_embeddings=True,
-        initializer_range=0.05,
+        initializer_range=spread,
         eos_token_id=4095,
     )
     for kind, rank in zip(KINDS, (4, 16, 24), strict=True):
@@ -52,6 +51,11 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         found[kind] = root / kind
         get_peft_model(base, lora).save_pretrained(found[kind])
     return root / "base", found
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    return write_adapters(tmp_path_factory.mktemp("adapters"))
 
 
 def make(

@@ -74,3 +74,32 @@ def test_a_greedy_row_takes_the_largest_sum_with_and_without_a_filtered_row_besi
     rounded = sums.bfloat16().argmax(-1)
     assert bool((sums.argmax(-1) != rounded)[:-1].any()), "rounding would be seen"
     assert torch.equal(slots.tokens[: rows - 1].long(), sums.argmax(-1)[:-1])
+
+
+def test_steps_with_adapters_are_for_few_rows_only_where_that_is_asked_for(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from altiplano.engine.config import read_config
+    from altiplano.engine.cuda.adapter_pool import AdapterPool
+    from altiplano.engine.cuda.few_rows import FewRows
+    from altiplano.engine.cuda.runner import CudaRunner
+
+    taken = list[AdapterPool | None]()
+    monkeypatch.setattr(FewRows, "supports", staticmethod(lambda *_: True))
+    monkeypatch.setattr(FewRows, "step", lambda self, rows, fresh, adapters: taken.append(adapters))
+    config = EngineConfig(
+        model, device="cuda", dtype="bfloat16", load_format="dummy", max_model_len=96, max_num_seqs=32, num_blocks=48
+    )
+    runner, shape = CudaRunner(config, device="cpu"), read_config(model)
+    pool, huge = (AdapterPool(shape, 2, rank, 32, "cpu") for rank in (16, 2048))
+    few, rows = runner.stepper.few, torch.full((16,), runner.slots.scratch, dtype=torch.int32)
+    assert few is not None and few.takes(16, None) and not few.takes(1, pool)
+    with torch.inference_mode():
+        runner.stepper.step(rows)
+        pool.set_rows([], 16)
+        runner.stepper.step(rows, adapters=pool)  # by other kernels
+        few.takes_adapters = True
+        runner.stepper.step(rows, adapters=pool)
+    assert taken == [None, pool]
+    assert few.takes(16, pool) and not few.takes(17, pool)
+    assert few.takes(1, huge) and not few.takes(16, huge), "shared memory is for a rank that fits"
+    few.most_rows = 8
+    assert few.takes(8, pool) and not few.takes(9, pool), "where tiles are faster without adapters nothing is known with them"
