@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from altiplano_kernels.multi_lora.kernel import DECODE, HEADER
+from altiplano_kernels.multi_lora.kernel import DECODE, HEADER, dot
 
 COLUMNS = 16  # of `down` for a program
 SPAN = 1024  # inputs of a program, whose sum is a part of its own
@@ -37,15 +37,6 @@ class LowRank(NamedTuple):
 def splits_of(k: int) -> int:
     """Parts of a sum over k inputs."""
     return -(-k // SPAN)
-
-
-@triton.jit
-def _dot(a, b, INTERPRETED: tl.constexpr):
-    """a @ b in float32. Triton's interpreter takes the bits of bf16 for integers, so it gets the same values as float32."""
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    else:
-        return tl.dot(a, b)
 
 
 @triton.jit
@@ -78,7 +69,7 @@ def _shrink_kernel(
         x_at = x + row[None, :, None] * stride_x + k[:, None, :]
         values = tl.load(x_at, mask=(i < count)[None, :, None] & (k < K)[:, None, :], other=0.0)
         values = (values.to(tl.float32) * weight[:, None, :]).to(tl.bfloat16)
-        total = tl.sum(_dot(values, w, INTERPRETED), 0)
+        total = tl.sum(dot(values, w, INTERPRETED), 0)
         tl.store(parts + part * stride_part + row[:, None] * WIDE + c[None, :], total, mask=(i < count)[:, None])
 
 
