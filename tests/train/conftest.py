@@ -109,23 +109,10 @@ def prepared(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return directory, found
 
 
-def free_ports() -> Iterator[int]:
-    """Ports that differ from one another, though nobody listens on them yet."""
-    given = set[int]()
-    while True:
-        port = free_port()
-        if port not in given:
-            given.add(port)
-            yield port
-
-
-_ports = free_ports()
-
-
 def node_arguments(num_cpus: int) -> dict[str, Any]:
     """A node of Ray. A raylet that has to be told ports by its agents dies when they need 15 s to start, as on a busy machine."""
     names = ("dashboard_agent_listen_port", "metrics_agent_port", "metrics_export_port", "runtime_env_agent_port")
-    return {"num_cpus": num_cpus, **{name: next(_ports) for name in names}}
+    return {"num_cpus": num_cpus, **{name: free_port() for name in names}}
 
 
 @pytest.fixture(scope="module")

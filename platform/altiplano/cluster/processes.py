@@ -14,6 +14,7 @@ import psutil
 
 MARK = "ALTIPLANO_WORKSPACE"
 _QUIET_PORTS = range(20_000, 30_000)
+_dealt = set[int]()  # by this process
 
 
 class PortBusyError(RuntimeError):
@@ -23,14 +24,17 @@ class PortBusyError(RuntimeError):
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on at this moment.
+    """A TCP port of the loopback interface that nobody listens on at this moment, and another one at every call.
 
     From a range that neither the kernel nor Ray deals from, so that it stays free until it is used.
     """
     for port in random.sample(_QUIET_PORTS, 200):
+        if port in _dealt:
+            continue  # whoever got it may not listen yet
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", port))
+            _dealt.add(port)
             return port
     raise PortBusyError(f"of 200 ports from {_QUIET_PORTS.start} to {_QUIET_PORTS.stop - 1} none is free")
 
