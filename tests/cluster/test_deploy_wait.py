@@ -7,9 +7,8 @@ RayService says. What the registry answers is asked for in test_deploy_registry.
 import base64
 import functools
 import json
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ from altiplano.cluster.rayservice import serve_config, user_config, with_user_co
 from altiplano.pipeline import kube_serving
 from altiplano.serve.changes import Changes
 from altiplano.serve.control import CHANGE, ServeControl
+
+from ..json_server import JsonHandler, running
 
 SERVICE, CLUSTER, HEAD = "trial-altiplano-endpoint", "trial-altiplano-endpoint-7xk2p", "trial-altiplano-endpoint-7xk2p-head"
 TOKEN = "of-the-endpoint"
@@ -61,7 +62,7 @@ class Serve(ThreadingHTTPServer):
         return self.now
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(JsonHandler):
     server: Serve
 
     def do_GET(self) -> None:
@@ -69,23 +70,13 @@ class Handler(BaseHTTPRequestHandler):
         self.server.questions += 1
         if self.path.startswith("/v1/changes/"):
             change = self.path.rpartition("/")[2]
-            self._answer({"object": "change", "replicas": [replica.told(change) for replica in self.server.replicas]})
+            self.answer({"object": "change", "replicas": [replica.told(change) for replica in self.server.replicas]})
         elif self.headers["authorization"] != f"Bearer {self.server.token}":
             self.send_error(401)
         elif self.server.silent:
             self.server.silent -= 1  # the stream breaks before there is an answer
         else:
-            self._answer(self.server.applications())
-
-    def _answer(self, body: dict[str, Any]) -> None:
-        encoded = json.dumps(body).encode()
-        self.send_response(200)
-        self.send_header("content-length", str(len(encoded)))
-        self.end_headers()
-        self.wfile.write(encoded)
-
-    def log_message(self, *_: Any) -> None:
-        """Nobody reads it."""
+            self.answer(self.server.applications())
 
 
 @pytest.fixture
@@ -100,13 +91,12 @@ def serve(installed: FullCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[S
     installed.put(cluster)
     installed.put(head_pod(cluster, HEAD))
     installed.put(service, {"activeServiceStatus": {"rayClusterName": CLUSTER}})
-    with Serve(installed) as made:
+    made = Serve(installed)
+    with running(made):
         monkeypatch.setattr(kube_serving, "ServeControl", functools.partial(ServeControl, clock=made.clock))
         for port in (8265, 8000):
             installed.ports[HEAD, port] = made.server_port
-        threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         yield made
-        made.shutdown()
 
 
 @pytest.fixture

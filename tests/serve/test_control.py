@@ -3,9 +3,8 @@
 import asyncio
 import copy
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -13,6 +12,8 @@ import pytest
 from altiplano.serve.changes import REMEMBERED, Changes
 from altiplano.serve.control import CHANGE, ControlError, DeployError, RefusedConfigError, ServeControl
 from altiplano.serve.errors import ApiError
+
+from ..json_server import JsonHandler, running
 
 BEFORE = {"adapters": {"a": "/a"}, "aliases": {"champion": "a"}}
 
@@ -72,39 +73,28 @@ class Cluster(ThreadingHTTPServer):
         return [replica.told(change) for replica in replicas]
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(JsonHandler):
     server: Cluster
 
     def do_GET(self) -> None:
         self.server.now += 1
         if self.path.startswith("/v1/changes/"):
-            self._answer({"object": "change", "replicas": self.server.told(self.path.rsplit("/", 1)[1])})
+            self.answer({"object": "change", "replicas": self.server.told(self.path.rsplit("/", 1)[1])})
         elif self.server.broken:
             self.server.broken -= 1
         else:
-            self._answer(self.server.status())
+            self.answer(self.server.status())
 
     def do_PUT(self) -> None:
         self.server.put(json.loads(self.rfile.read(int(self.headers["content-length"]))))
-        self._answer({})
-
-    def _answer(self, body: dict[str, Any]) -> None:
-        encoded = json.dumps(body).encode()
-        self.send_response(200)
-        self.send_header("content-length", str(len(encoded)))
-        self.end_headers()
-        self.wfile.write(encoded)
-
-    def log_message(self, *_: Any) -> None:
-        """Nobody reads it."""
+        self.answer({})
 
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    with Cluster() as made:
-        threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    made = Cluster()
+    with running(made):
         yield made
-        made.shutdown()
 
 
 @pytest.fixture
