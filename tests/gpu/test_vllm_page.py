@@ -5,6 +5,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+pytest.importorskip("msgspec")  # which the checks speak with an engine's process; a GPU machine may have torch and triton alone
+
 from .vllm_checks import CHECKS
 
 ROOT = Path(__file__).parents[2]
