@@ -31,9 +31,7 @@ VARIANTS = {
         "w8a8-fp8": "W2-B64,W2-B256,W4",
         "deterministic": "W1,W2-B64,W4",
         "lora": "W1",
-        "lora-general": "W1",
         "lora-8": "W2-B8",
-        "lora-8-general": "W2-B8",
     },
     "3b": {"kv-fp8": "W2-B64,W2-B256,W2-B256-2048", "w-int4": "W1,W2-B8"},
 }

@@ -1,12 +1,11 @@
 """W1-W4 on our engine, random weights at the public Llama 3.2 shapes: what the programs for vLLM and SGLang measure, the same way.
 
 usage: PYTHONPATH=platform:kernels python benchmarks/engine/workloads.py MODEL [--variant VARIANT] [--only W1,W2-B64,…] [--out FILE] [--commit HASH];
-       VARIANT: bf16, kv-fp8, kv-int8, w-int8, w-int4, w8a8-fp8, w8a8-int8, deterministic, lora, lora-8, lora-general or lora-8-general; prints
-       one JSON record per line and writes them to FILE.
+       VARIANT: bf16, kv-fp8, kv-int8, w-int8, w-int4, w8a8-fp8, w8a8-int8, deterministic, lora or lora-8; prints one JSON record per line and
+       writes them to FILE.
 
 What W1-W4 are says definitions.py. W2-B256-2048: decode steps at context 2 048, without the loop. lora: bf16, and all requests with one adapter of
-rank 16 on every linear layer (for W1); lora-8: with eight adapters in turn (for W2-B8); steps of a few rows then stay on the kernels for few
-rows, and with "-general" they leave them, as the engine's do.
+rank 16 on every linear layer (for W1); lora-8: with eight adapters in turn (for W2-B8).
 """
 
 import argparse
@@ -28,20 +27,7 @@ from altiplano.engine import EngineConfig, SamplingParams
 from altiplano.engine.cuda.overlap import OverlappedEngine
 from altiplano.engine.cuda.runner import CudaRunner
 
-VARIANTS = (
-    "bf16",
-    "kv-fp8",
-    "kv-int8",
-    "w-int8",
-    "w-int4",
-    "w8a8-fp8",
-    "w8a8-int8",
-    "deterministic",
-    "lora",
-    "lora-8",
-    "lora-general",
-    "lora-8-general",
-)
+VARIANTS = ("bf16", "kv-fp8", "kv-int8", "w-int8", "w-int4", "w8a8-fp8", "w8a8-int8", "deterministic", "lora", "lora-8")
 RANK = 16  # of adapters
 BLOCKS = {"1b": 70_000, "3b": 35_000}
 
@@ -64,7 +50,7 @@ class Bench(definitions.Workloads):
         self.engine = OverlappedEngine(config, self.runner)
         self.adapters: list[str] = []
         if kind == "lora":
-            self._load_adapters(8 if name.startswith("8") else 1, general=name.endswith("general"))
+            self._load_adapters(int(name or 1))
         gc.collect()
         gc.freeze()  # as the engine's process does
 
@@ -105,9 +91,7 @@ class Bench(definitions.Workloads):
         run()
         self.record(name, [run() for _ in range(RUNS)], "ms/step", False)
 
-    def _load_adapters(self, count: int, general: bool) -> None:
-        if self.runner.stepper.few is not None:
-            self.runner.stepper.few.takes_adapters = not general
+    def _load_adapters(self, count: int) -> None:
         for i in range(count):
             with tempfile.TemporaryDirectory() as where:
                 write_adapter(model_config(self.records.model), Path(where), RANK, seed=i)

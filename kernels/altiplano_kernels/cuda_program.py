@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 CACHE = Path.home() / ".cache" / "altiplano" / "kernels"
-_STATIC_SHARED, _REGISTERS, _MAX_DYNAMIC_SHARED, _NON_PORTABLE_CLUSTER = 1, 4, 8, 14  # CUfunction_attribute
+_MAX_DYNAMIC_SHARED, _NON_PORTABLE_CLUSTER = 8, 14  # CUfunction_attribute
 _PROGRAMMATIC = 6  # CUlaunchAttributeID
 
 
@@ -57,15 +57,6 @@ class Kernel:
             driver("cuFuncSetAttribute", self._function, _MAX_DYNAMIC_SHARED, shared)
         if large_cluster:
             driver("cuFuncSetAttribute", self._function, _NON_PORTABLE_CLUSTER, 1)
-
-    def resident(self, threads: int, shared: int) -> int:
-        """Blocks of so many threads, with `shared` bytes of dynamic shared memory each, that a Hopper processor holds at once."""
-        registers, static = ctypes.c_int(), ctypes.c_int()
-        driver("cuFuncGetAttribute", ctypes.byref(registers), _REGISTERS, self._function)
-        driver("cuFuncGetAttribute", ctypes.byref(static), _STATIC_SHARED, self._function)
-        # A warp gets registers by 256, of 65,536; of 228 KiB of shared memory a block takes 1 KiB more than it asks for.
-        by_registers = 65536 // (-(-registers.value // 8) * 8 * threads)
-        return int(min(by_registers, 228 * 1024 // (static.value + shared + 1024)))
 
     def launch(
         self, grid: tuple[int, int, int], threads: int, arguments: ctypes.Structure, shared: int = 0, pdl: bool = True

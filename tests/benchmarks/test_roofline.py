@@ -50,4 +50,4 @@ def test_the_floor_counts_weights_keys_and_values(roofline: Any) -> None:
     assert roofline.point(record | {"variant": "w8a8-fp8"}).bytes == pytest.approx(step.bytes - layers, rel=1e-9)
     assert roofline.point(record | {"variant": "w8a8-fp8", "workload": "W4"}) is None
     assert roofline.point(record | {"workload": "quality-kl/prefill"}) is None
-    assert roofline.point(record | {"variant": "lora-general"}) is None
+    assert roofline.point(record | {"variant": "lora-8"}) is None

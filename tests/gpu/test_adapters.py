@@ -16,12 +16,13 @@ from .captured import captured  # noqa: E402
 KINDS = ("lora", "rslora", "dora")
 
 
-def write_adapters(root: Path, spread: float = 0.05) -> tuple[Path, dict[str, Path]]:
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
     """A base and an adapter of each kind, with ranks that differ, large enough to change most tokens."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    found: dict[str, Path] = {}
+    root, found = tmp_path_factory.mktemp("adapters"), {}
     settings = LlamaConfig(
         vocab_size=4096,
         hidden_size=512,
@@ -31,7 +32,7 @@ def write_adapters(root: Path, spread: float = 0.05) -> tuple[Path, dict[str, Pa
         num_key_value_heads=2,
         head_dim=64,
         tie_word_embeddings=True,
-        initializer_range=spread,
+        initializer_range=0.05,
         eos_token_id=4095,
     )
     for kind, rank in zip(KINDS, (4, 16, 24), strict=True):
@@ -51,11 +52,6 @@ def write_adapters(root: Path, spread: float = 0.05) -> tuple[Path, dict[str, Pa
         found[kind] = root / kind
         get_peft_model(base, lora).save_pretrained(found[kind])
     return root / "base", found
-
-
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
-    return write_adapters(tmp_path_factory.mktemp("adapters"))
 
 
 def make(

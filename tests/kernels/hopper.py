@@ -10,7 +10,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from altiplano_kernels.embed_norm import kernel as norms
-from altiplano_kernels.few_rows import shrink as few
 from altiplano_kernels.filtered_sampling import kernel as filtered
 from altiplano_kernels.kv_write import kernel as write
 from altiplano_kernels.multi_lora import kernel as lora
@@ -73,17 +72,6 @@ def loras() -> None:
         types = "*fp32 *bf16 *bf16 *bf16 *i32 i32 i32 i32 i32"
         expand = {"N": 3072, "COLUMNS": columns, "SPLITS": -(-2048 // shape.span), **sizes}
         compile_kernel(f"lora-expand-{name}", lora._expand_kernel, types, expand, columns // 32)
-    for k, modules in ((2048, 3), (8192, 1)):
-        sizes = {
-            "WIDE": modules * 64,
-            "RANK": 64,
-            "ROWS": lora.DECODE.rows,
-            "HEADER": lora.HEADER,
-            "INTERPRETED": False,
-            "PDL": True,
-        }
-        shrink = {"K": k, "COLUMNS": few.COLUMNS, "SPAN": few.SPAN, "PIECES": few.PIECES, **sizes}
-        compile_kernel(f"lora-few-{k}-decode", few._shrink_kernel, "*bf16 *bf16 *bf16 *fp32 *i32 i32 i32", shrink, few.PIECES)
 
 
 def eight_bits() -> None:

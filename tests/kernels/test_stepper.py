@@ -76,30 +76,25 @@ def test_a_greedy_row_takes_the_largest_sum_with_and_without_a_filtered_row_besi
     assert torch.equal(slots.tokens[: rows - 1].long(), sums.argmax(-1)[:-1])
 
 
-def test_steps_with_adapters_are_for_few_rows_only_where_that_is_asked_for(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_steps_of_few_rows_without_adapters_are_for_the_kernels_for_few_rows(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from altiplano.engine.config import read_config
     from altiplano.engine.cuda.adapter_pool import AdapterPool
     from altiplano.engine.cuda.few_rows import FewRows
     from altiplano.engine.cuda.runner import CudaRunner
 
-    taken = list[AdapterPool | None]()
+    taken = list[int]()
     monkeypatch.setattr(FewRows, "supports", staticmethod(lambda *_: True))
-    monkeypatch.setattr(FewRows, "step", lambda self, rows, fresh, adapters: taken.append(adapters))
+    monkeypatch.setattr(FewRows, "step", lambda self, rows, fresh: taken.append(len(rows)))
     config = EngineConfig(
         model, device="cuda", dtype="bfloat16", load_format="dummy", max_model_len=96, max_num_seqs=32, num_blocks=48
     )
-    runner, shape = CudaRunner(config, device="cpu"), read_config(model)
-    pool, huge = (AdapterPool(shape, 2, rank, 32, "cpu") for rank in (16, 2048))
-    few, rows = runner.stepper.few, torch.full((16,), runner.slots.scratch, dtype=torch.int32)
-    assert few is not None and few.takes(16, None) and not few.takes(1, pool)
+    runner, pool = CudaRunner(config, device="cpu"), AdapterPool(read_config(model), 2, 16, 32, "cpu")
+    rows = torch.full((17,), runner.slots.scratch, dtype=torch.int32)
     with torch.inference_mode():
+        runner.stepper.step(rows[:16])
         runner.stepper.step(rows)
         pool.set_rows([], 16)
-        runner.stepper.step(rows, adapters=pool)  # by other kernels
-        few.takes_adapters = True
-        runner.stepper.step(rows, adapters=pool)
-    assert taken == [None, pool]
-    assert few.takes(16, pool) and not few.takes(17, pool)
-    assert few.takes(1, huge) and not few.takes(16, huge), "shared memory is for a rank that fits"
-    few.most_rows = 8
-    assert few.takes(8, pool) and not few.takes(9, pool), "where tiles are faster without adapters nothing is known with them"
+        runner.stepper.step(rows[:16], update=pool.decode_update(16))
+    assert taken == [16]

@@ -7,25 +7,20 @@ import torch
 
 from altiplano_kernels.cuda_program import build, struct
 from altiplano_kernels.few_rows.quantized import Packed
-from altiplano_kernels.few_rows.shrink import LowRank, splits_of
 
 LINEAR, BEGIN = (Path(__file__).with_name(name) for name in ("linear.cu", "begin.cu"))
 MOST_ROWS = 16
 PLAIN, RESIDUAL, QKV, SWIGLU, DRAW, LOGITS = range(6)
-# Bytes that a block may have, less its static variables: 33 KiB at 16 warps and more than 8 rows where blocks take no turns, else less.
-SHARED = (227 - 33) * 1024
 CHUNK = {16: 64, 8: 128, 4: 128}  # k of one warp's turn, by bits of a weight
 Weight = torch.Tensor | Packed
 _Begin = struct(
     "Begin", "slots", "tokens", "positions_of", "tables", "embedding", "cos_sin", "residual", "positions", "lines", "rope",
     "stride_table:i",
 )  # fmt: skip
-_LINEAR = (
-    "w", "scales", "x", "gamma", "out", "positions", "lines", "rope", "cache", "slots", "temperatures", "seeds", "steps", "values",
+_Linear = struct(
+    "Linear", "w", "scales", "x", "gamma", "out", "positions", "lines", "rope", "cache", "slots", "temperatures", "seeds", "steps", "values",
     "ids", "turn", "eps:f", "rows:i", "tiles:i", "stride_x:i", "stride_out:i", "limit:i",
 )  # fmt: skip
-_ADAPTED = "owners", "parts", "up", "gain", "outputs:i", "stride_part:i", "first_end:i", "second_end:i"
-_Linear, _AdaptedLinear = struct("Linear", *_LINEAR), struct("AdaptedLinear", *_LINEAR, *_ADAPTED)
 
 
 class Plan(NamedTuple):
@@ -117,11 +112,6 @@ def steady_plan(mode: int, n: int, k: int, rows: int, bits: int = 16) -> Plan:
     return plan._replace(depth=next(depth for depth in (2, 1) if steps % depth == 0))
 
 
-def shared_bytes(rows: int, k: int, norm: bool, wide: int = 0) -> int:
-    """What a block keeps of rows of k in shared memory: they themselves for a norm, and `wide` numbers (modules * rank) of each for adapters."""
-    return (rows * (k + 32) * 2 if norm else 0) + (splits_of(k) * rows * (wide + 4) * 4 if wide else 0)
-
-
 def begin(
     slots: torch.Tensor,
     tokens: torch.Tensor,
@@ -150,19 +140,14 @@ def linear(
     gamma: torch.Tensor | None = None,
     eps: float = 0.0,
     plan: Plan | None = None,
-    low: LowRank | None = None,
 ) -> None:
-    """out = x @ w.T, of rms_norm(x) * gamma where gamma is given. x: bf16 [rows, k]; w: bf16 [n, k], n a multiple of 16; out: bf16 [rows, n].
-
-    low: of a `shrink` of the same x and gamma, here and below: a row with an adapter gets gain * (x @ w.T) + x @ down.T @ up.T in place of the
-    product, another one what it gets without `low`, to the bit.
-    """
-    _launch(PLAIN, x, w, plan, w.shape[0] // 16, gamma, low=low, eps=eps, out=out, stride_out=out.stride(0))
+    """out = x @ w.T, of rms_norm(x) * gamma where gamma is given. x: bf16 [rows, k]; w: bf16 [n, k], n a multiple of 16; out: bf16 [rows, n]."""
+    _launch(PLAIN, x, w, plan, w.shape[0] // 16, gamma, eps=eps, out=out, stride_out=out.stride(0))
 
 
-def add_linear(x: torch.Tensor, w: Weight, residual: torch.Tensor, plan: Plan | None = None, low: LowRank | None = None) -> None:
+def add_linear(x: torch.Tensor, w: Weight, residual: torch.Tensor, plan: Plan | None = None) -> None:
     """residual += x @ w.T. x: bf16 [rows, k]; w: bf16 [n, k], n a multiple of 16; residual: bf16 [rows, n]."""
-    _launch(RESIDUAL, x, w, plan, w.shape[0] // 16, low=low, out=residual, stride_out=residual.stride(0))
+    _launch(RESIDUAL, x, w, plan, w.shape[0] // 16, out=residual, stride_out=residual.stride(0))
 
 
 def norm_qkv(
@@ -175,7 +160,6 @@ def norm_qkv(
     heads: int,
     plan: Plan | None = None,
     first: bool = True,
-    low: LowRank | None = None,
 ) -> None:
     """Rotated queries of rms_norm(x) * gamma into step.query; rotated keys, and values, into their pages. The kernel after it may read what came from before the step's
     `first` layer without waiting.
@@ -187,7 +171,7 @@ def norm_qkv(
         early=not first
     )
     _launch(
-        QKV, x, w, plan, w.shape[0] // 16, gamma, (heads, kv_heads, dim, page), low=low, eps=eps, out=step.query,
+        QKV, x, w, plan, w.shape[0] // 16, gamma, (heads, kv_heads, dim, page), eps=eps, out=step.query,
         stride_out=step.query.stride(0), lines=step.lines, rope=step.rope, cache=cache,
     )  # fmt: skip
 
@@ -200,14 +184,11 @@ def norm_swiglu(
     out: torch.Tensor,
     plan: Plan | None = None,
     turn: torch.Tensor | None = None,
-    low: LowRank | None = None,
 ) -> None:
     """out = silu(y @ gate.T) * (y @ up.T) of y = rms_norm(x) * gamma. gate_up: bf16 [2 n, k], gate first; out: bf16 [rows, n];
     turn: a step's, without which all blocks have equal shares."""
     half = gate_up.shape[0] // 2
-    _launch(
-        SWIGLU, x, gate_up, plan, half // 8, gamma, turn=turn, low=low, eps=eps, out=out, stride_out=out.stride(0), limit=half
-    )
+    _launch(SWIGLU, x, gate_up, plan, half // 8, gamma, turn=turn, eps=eps, out=out, stride_out=out.stride(0), limit=half)
 
 
 def norm_draw(
@@ -255,7 +236,6 @@ def _launch(
     gamma: torch.Tensor | None = None,
     shape: tuple[int, int, int, int] = (0, 0, 16, 1),
     turn: torch.Tensor | None = None,
-    low: LowRank | None = None,
     **values: object,
 ) -> int:
     rows, k = x.shape
@@ -265,19 +245,12 @@ def _launch(
     norm = gamma is not None
     columns = 1 if rows <= 8 else 2
     turns = plan.turns and norm and turn is not None
-    options: tuple[tuple[str, int], ...] = (
+    options = (
         ("MODE", mode), ("NORM", int(norm)), ("BITS", bits), ("K", k), ("WARPS", plan.warps), ("DEPTH", plan.depth), ("NT", columns),
         ("EARLY", int(plan.early)), ("TURNS", int(turns)), ("HEAD_DIM", dim), ("HEADS", heads), ("KV_HEADS", kv_heads), ("PAGE", page),
     )  # fmt: skip
-    shared = max(shared_bytes(rows, k, norm, 0 if low is None else low.parts.shape[2]), plan.room * 1024)
-    if low is not None:
-        values |= _updates(low, rows)
-        rank, modules = low.up.shape[2], len(low.bounds)
-        plain = build(LINEAR, "few_rows_linear", options, x.device.index)
-        # As many blocks on a processor as without adapters, if shared memory has room for their sums: plans rely on it.
-        held, one = max(1, plain.resident(plan.warps * 32, shared)), not turns and (plan.blocks or tiles) >= tiles
-        options += (("RANK", rank), ("MODULES", modules), ("SPLITS", low.parts.shape[0]), ("BLOCKS", held), ("ONE", int(one)))
     kernel = build(LINEAR, "few_rows_linear", options, x.device.index)
+    shared = max(rows * (k + 32) * 2 if norm else 0, plan.room * 1024)
     kernel.allow(shared)
     given = {name: value.data_ptr() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
     if gamma is not None:
@@ -285,23 +258,10 @@ def _launch(
     if turns and turn is not None:
         given["turn"] = turn.data_ptr()
     codes, scales = (w.codes.data_ptr(), w.scales.data_ptr()) if isinstance(w, Packed) else (w.data_ptr(), 0)
-    arguments = (_Linear if low is None else _AdaptedLinear)(
-        w=codes, scales=scales, x=x.data_ptr(), rows=rows, tiles=tiles, stride_x=x.stride(0), **given
-    )
+    arguments = _Linear(w=codes, scales=scales, x=x.data_ptr(), rows=rows, tiles=tiles, stride_x=x.stride(0), **given)
     blocks = min(tiles, plan.blocks or tiles)
     kernel.launch((blocks, 1, 1), plan.warps * 32, arguments, shared)
     return blocks
-
-
-def _updates(low: LowRank, rows: int) -> dict[str, object]:
-    """The arguments of `rows` rows that `low` brings."""
-    adapters, n, rank = low.up.shape
-    assert low.owners.shape[0] >= rows and low.owners.shape[1:] == (2,) and low.owners.is_contiguous()
-    assert low.parts.shape[1] >= rows and low.parts.shape[2] == len(low.bounds) * rank and low.bounds[-1] == n
-    assert low.gain.shape == (adapters, n) and rank % 16 == 0
-    first, second = (*low.bounds[:-1], n, n)[:2]
-    where = {"owners": low.owners, "parts": low.parts, "up": low.up, "gain": low.gain}
-    return {**where, "outputs": n, "stride_part": low.parts.stride(0), "first_end": first, "second_end": second}
 
 
 def unpack(w: Packed, out: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,6 @@
 // Blocks that walk over many tiles take them in TURNS: where the kernel before has not ended everywhere, some processors get more blocks
 // than others, and equal shares would leave them behind.
 //
-// Steps with adapters have kernels of their own, which are compiled with what adapters.cuh wants as well: see there.
-//
 // Compiled once per use with: MODE, NORM, BITS, K, WARPS, DEPTH, NT, EARLY, TURNS, HEAD_DIM, HEADS, KV_HEADS, PAGE.
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -32,12 +30,6 @@ constexpr int XPAD = K + 32;  // the lanes of a quarter warp read two rows: 64 b
 static_assert(K % (WARPS * CHUNK * DEPTH) == 0, "the chunks must divide K");
 static_assert(NORM || !TURNS, "the barrier behind the norm shows all warps the block's second tile");
 static_assert(THREADS >= 64 * NT, "one thread per pair of sums");
-
-#ifndef RANK
-#define ONE 0
-#else
-struct Owner { int adapter, rank; };  // a row's adapter, from 1 (0: none)
-#endif
 
 struct Args {
   const u16* w;          // bf16 [N, K], or codes [tiles, K / 128, 32 lanes, BITS * 8 bytes]
@@ -58,13 +50,6 @@ struct Args {
   u32* turn;             // zero between launches
   float eps;
   int rows, tiles, stride_x, stride_out, limit;  // limit: N of one half for SWIGLU
-#ifdef RANK
-  const Owner* owners;   // [rows], not of this step's kernels
-  const float* parts;    // [SPLITS, rows or more, MODULES * RANK], parts stride_part apart
-  const u16* up;         // bf16 [adapters, outputs, RANK]
-  const u16* gain;       // bf16 [adapters, outputs]
-  int outputs, stride_part, first_end, second_end;  // outputs: N; where the first and the second module's outputs end
-#endif
 };
 
 struct Vec { u32 v[4]; };
@@ -108,10 +93,6 @@ __device__ __forceinline__ int first_row(int tile) {
   return MODE == SWIGLU ? tile * 8 : tile * 16;
 }
 __device__ __forceinline__ int second_half(const Args& a) { return MODE == QKV ? HEAD_DIM / 2 : MODE == SWIGLU ? a.limit : 8; }
-
-#ifdef RANK
-#include "adapters.cuh"
-#endif
 
 struct Fragment { Vec v[LOADS]; u32 scale; };  // one chunk of rows g and g + 8
 
@@ -212,17 +193,8 @@ __device__ __forceinline__ void store_qkv(const Args& a, int tile, int r, int m,
 // there are as many as tiles, leaves zero for the next launch.
 __device__ __forceinline__ int take_turn(const Args& a) { return gridDim.x + atomicInc(a.turn, a.tiles - 1); }
 
-#ifdef RANK
-#define BOUNDS THREADS, BLOCKS
-#else
-#define BOUNDS THREADS
-#endif
-extern "C" __global__ void __launch_bounds__(BOUNDS) few_rows_linear(const Args a) {
-#ifdef RANK
-  extern __shared__ __align__(16) u16 xs[];  // as below, then what `fetch_shrunk` copies, 16 bytes at a time
-#else
+extern "C" __global__ void __launch_bounds__(THREADS) few_rows_linear(const Args a) {
   extern __shared__ u16 xs[];  // NORM: [rows, XPAD], x * gamma in bf16
-#endif
   __shared__ float sums[2][WARPS * 16][COLS];
   __shared__ float squares[COLS][WARPS];
   __shared__ int turns[2];
@@ -242,10 +214,6 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) few_rows_linear(const Args 
     for (int i = 0; i < (VECS + THREADS - 1) / THREADS; i++)
       if (i * THREADS + threadIdx.x < VECS) scale[i] = load_weights(a.gamma + (i * THREADS + threadIdx.x) * 8);
   if (EARLY) let_next_start();
-#ifdef RANK
-  float* shrunk = (float*)(xs + (NORM ? a.rows * XPAD : 0));  // [SPLITS, rows, LINE]
-  if (finishes) ask_lines(a, m, first_row(tile) + r);
-#endif
   wait_for_previous();
   if (!EARLY) let_next_start();
   if (TURNS && threadIdx.x == 0) turns[1] = take_turn(a);
@@ -261,10 +229,6 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) few_rows_linear(const Args 
     const u64 seed = a.seeds[slot];
     noise = mix(mix((u32)seed ^ mix((u32)(seed >> 32))) ^ (u32)a.steps[slot]);
   }
-
-#ifdef RANK
-  fetch_shrunk(a, shrunk);
-#endif
 
   const u16* rows[NT];  // lane's rows of x in the direct case, places in xs otherwise
   Vec direct[NORM ? 1 : DEPTH][NT][QUARTERS];
@@ -324,9 +288,9 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) few_rows_linear(const Args 
   }
 
   float best = __int_as_float(0xff800000);
-  int where = 0x7fffffff, parity = 0, following = TURNS ? turns[1] : ONE ? a.tiles : tile + gridDim.x;
+  int where = 0x7fffffff, parity = 0, following = TURNS ? turns[1] : tile + gridDim.x;
   while (tile < a.tiles) {
-    const bool more = !ONE && following < a.tiles;
+    const bool more = following < a.tiles;
     int taken = following;
     if (TURNS && more && threadIdx.x == 0) taken = take_turn(a);
     float c[NT][4] = {};
@@ -340,9 +304,6 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) few_rows_linear(const Args 
       cos = a.rope[m * HEAD_DIM + d];
       sin = a.rope[m * HEAD_DIM + HEAD_DIM / 2 + d];
     }
-#ifdef RANK
-    if (finishes && more) ask_lines(a, m, first_row(following) + r);
-#endif
 #pragma unroll 1
     for (int base = 0; base < STEPS; base += DEPTH) {
       const bool last = base + DEPTH == STEPS;
@@ -396,9 +357,6 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) few_rows_linear(const Args 
       *(float2*)&sums[parity][warp * 16 + 8 + g][i * 8 + 2 * t] = make_float2(c[i][2], c[i][3]);
     }
     if (TURNS && threadIdx.x == 0) turns[parity] = taken;
-#ifdef RANK
-    if (tile == blockIdx.x) add_parts(a, shrunk);
-#endif
     __syncthreads();
     if (finishes) {
       float first = 0.f, second = 0.f;
@@ -409,9 +367,6 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) few_rows_linear(const Args 
       }
       first *= factor;
       second *= factor;
-#ifdef RANK
-      add_adapter(a, m, first_row(tile) + r, shrunk, factor, first, second);
-#endif
       if (MODE == QKV) store_qkv(a, tile, r, m, first, second, cos, sin, line);
       if (MODE == SWIGLU)
         a.out[(size_t)m * a.stride_out + tile * 8 + r] = round_bf16(first / (1.f + expf(-first)) * second);
@@ -439,7 +394,7 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) few_rows_linear(const Args 
       }
     }
     tile = following;
-    following = TURNS ? turns[parity] : ONE ? a.tiles : following + gridDim.x;
+    following = TURNS ? turns[parity] : following + gridDim.x;
     parity ^= 1;
   }
   if (MODE == DRAW) {

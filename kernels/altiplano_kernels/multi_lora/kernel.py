@@ -60,7 +60,7 @@ def list_tiles(owners: Sequence[int], ranks: Sequence[int], shape: Shape, tiles:
 
 
 @triton.jit
-def dot(a, b, INTERPRETED: tl.constexpr):
+def _dot(a, b, INTERPRETED: tl.constexpr):
     """a @ b in float32. Triton's interpreter takes the bits of bf16 for integers, so it gets the same values as float32."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
@@ -88,11 +88,11 @@ def _shrink_kernel(
         gdc_wait()
         gdc_launch_dependents()
     if active:
-        acc = dot(tl.load(x_at, mask=(i < count)[:, None] & (k < K)[None, :], other=0.0), first, INTERPRETED)
+        acc = _dot(tl.load(x_at, mask=(i < count)[:, None] & (k < K)[None, :], other=0.0), first, INTERPRETED)
         for start in range(DEPTH, SPAN if SPAN < K else K, DEPTH):
             inside = start + k < K
             values = tl.load(x_at + start, mask=(i < count)[:, None] & inside[None, :], other=0.0)
-            acc += dot(values, tl.load(w_at + start, mask=inside[:, None], other=0.0), INTERPRETED)
+            acc += _dot(values, tl.load(w_at + start, mask=inside[:, None], other=0.0), INTERPRETED)
         tl.store(parts + part * stride_part + (tile * ROWS + i)[:, None] * WIDE + c[None, :], acc)
 
 
@@ -125,7 +125,7 @@ def _expand_kernel(
         for part in tl.static_range(SPLITS):
             low += tl.load(part_at + part * stride_part, mask=(i < count)[:, None] & near[None, :], other=0.0)
         low = tl.where((r < rank)[None, :], low, 0.0)
-        after = before * strength[None, :] + dot(low.to(tl.bfloat16), w, INTERPRETED)
+        after = before * strength[None, :] + _dot(low.to(tl.bfloat16), w, INTERPRETED)
         tl.store(out_at, after.to(tl.bfloat16), mask=(i < count)[:, None])
 
 

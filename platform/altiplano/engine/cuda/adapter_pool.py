@@ -9,8 +9,6 @@ import torch
 from altiplano.engine.adapters import Adapter
 from altiplano.engine.config import LlamaConfig
 from altiplano.engine.errors import AdapterError
-from altiplano_kernels.few_rows.kernel import MOST_ROWS, shared_bytes
-from altiplano_kernels.few_rows.shrink import LowRank, shrink, splits_of
 from altiplano_kernels.multi_lora.kernel import DECODE, HEADER, Shape, add_adapters, list_tiles, most_tiles
 
 # Adds the adapters' share to a product of a layer, in place: (product as `Layer` names it, layer, input, output).
@@ -57,24 +55,16 @@ class AdapterPool:
             "gate_up": (hidden, (wide, wide)),
             "down": (wide, (hidden,)),
         }
-        lead = (config.num_hidden_layers, max_loras)
-        tiles = most_tiles(max_batch, max_loras, shape) * (HEADER + shape.rows)
-        room = max(splits_of(inputs) * len(outputs) for inputs, outputs in sizes.values()) * MOST_ROWS * self._rank
+        lead, tiles = (config.num_hidden_layers, max_loras), most_tiles(max_batch, max_loras, shape) * (HEADER + shape.rows)
         try:
             self.products = {name: self._room(lead, inputs, outputs, device) for name, (inputs, outputs) in sizes.items()}
-            # Adapter and rank of each of a few rows, then tiles of any number: side by side, so that one copy sends both.
-            self._rows = torch.zeros(2 * MOST_ROWS + tiles, dtype=torch.int32, device=device)
-            self._shrunk = torch.empty(room, dtype=torch.float32, device=device)
-            # In the place of a norm's weight. Without that factor the assembler asks for a few numbers of x at a time, to save registers,
-            # and waits for them one after the other.
-            self._ones = torch.ones(max(inputs for inputs, _ in sizes.values()), dtype=torch.bfloat16, device=device)
+            self._tiles = torch.zeros(tiles, dtype=torch.int32, device=device)
         except torch.OutOfMemoryError as error:
             numbers = sum(len(outputs) * inputs + sum(outputs) for inputs, outputs in sizes.values()) * self._rank
             raise AdapterError(
                 f"adapters need {numbers * lead[0] * lead[1] * 2 / 2**30:.1f} GiB at max_loras {max_loras} and max_lora_rank {max_rank}, "
                 "and the GPU has less left: lower either of them, or num_blocks"
             ) from error
-        self.row_adapters, self._tiles = self._rows[: 2 * MOST_ROWS].view(MOST_ROWS, 2), self._rows[2 * MOST_ROWS :]
 
     def load(self, adapter: Adapter) -> None:
         """Copy an adapter into its place, or into a free one; there must be one."""
@@ -106,38 +96,15 @@ class AdapterPool:
         return list_tiles(self._numbers(owners), self._ranks, shape)
 
     def set_rows(self, owners: Sequence[str | None], bucket: int) -> None:
-        """Make `owners` the adapters of a decode step's rows, for `decode_update(bucket)` and `low_rank`; asynchronous."""
-        count, numbers = most_tiles(bucket, len(self._names), self._shape), self._numbers(owners)
-        few = [pair for number in numbers[:MOST_ROWS] for pair in (number, self._ranks[number - 1] if number else 0)]
-        few += [0] * (2 * MOST_ROWS - len(few))
-        rows = torch.tensor([*few, *list_tiles(numbers, self._ranks, self._shape, count)], dtype=torch.int32)
-        self._rows[: len(rows)].copy_(rows.pin_memory() if self._rows.is_cuda else rows, non_blocking=True)
+        """Make `owners` the adapters of a decode step's rows, for `decode_update(bucket)`; asynchronous."""
+        count = most_tiles(bucket, len(self._names), self._shape)
+        tiles = torch.tensor(list_tiles(self._numbers(owners), self._ranks, self._shape, count), dtype=torch.int32)
+        self._tiles[: len(tiles)].copy_(tiles.pin_memory() if self._tiles.is_cuda else tiles, non_blocking=True)
 
     def decode_update(self, bucket: int) -> Update:
         """The update of a decode step of `bucket` rows, by the list of the last `set_rows`. Capturable."""
-        return partial(self._add, self._decode_tiles(bucket), self._shape, self._tiles.is_cuda)
-
-    def most_shared_bytes(self, rows: int) -> int:
-        """Shared memory that a block of a product of so many rows needs, at most."""
-        return max(
-            shared_bytes(rows, product.down.shape[3], name in ("qkv", "gate_up"), product.down.shape[2])
-            for name, product in self.products.items()
-        )
-
-    def low_rank(self, name: str, layer: int, x: torch.Tensor, gamma: torch.Tensor | None = None) -> LowRank:
-        """The first half of a product's update of up to `MOST_ROWS` rows, by the list of the last `set_rows`; the product itself adds it, and must
-        come next. Capturable.
-
-        x: bf16 [rows, in]; gamma: bf16 [in], of the norm that the product begins with.
-        """
-        assert self._shape is DECODE, "an adapter's few rows share a tile"
-        product, splits = self.products[name], splits_of(x.shape[1])
-        wide = product.down.shape[2]
-        parts = self._shrunk[: splits * MOST_ROWS * wide].view(splits, MOST_ROWS, wide)
-        low = LowRank(self.row_adapters, parts, product.up[layer], product.gain[layer], product.bounds)
-        weight = self._ones[: x.shape[1]] if gamma is None else gamma
-        shrink(x, product.down[layer], low, self._decode_tiles(len(x)), weight, pdl=x.is_cuda)
-        return low
+        count = most_tiles(bucket, len(self._names), self._shape)
+        return partial(self._add, self._tiles[: count * (HEADER + self._shape.rows)], self._shape, self._tiles.is_cuda)
 
     def update(self, tiles: torch.Tensor, shape: Shape) -> Update:
         """The update of rows by a list of `tiles`: int32, on the device."""
@@ -148,9 +115,6 @@ class AdapterPool:
     ) -> None:
         product = self.products[name]
         add_adapters(out, x, product.down[layer], product.up[layer], product.gain[layer], product.bounds, tiles, shape, pdl)
-
-    def _decode_tiles(self, bucket: int) -> torch.Tensor:
-        return self._tiles[: most_tiles(bucket, len(self._names), self._shape) * (HEADER + self._shape.rows)]
 
     def _numbers(self, owners: Sequence[str | None]) -> list[int]:
         """From 1; 0 for none."""

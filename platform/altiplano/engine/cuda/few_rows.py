@@ -3,9 +3,7 @@
     begin ─► [ norm+QKV+RoPE+KV ─► attention ─► O+residual ─► norm+gate/up+SwiGLU ─► down+residual ] × layers ─► norm+head+draw ─► advance
 
 Weights are asked for before a kernel waits for its predecessor, so device memory is never idle between kernels; logits are written for
-filters alone. With an 8-bit cache a separate kernel rotates and quantizes, because a scale needs a whole head. Where rows have adapters, a
-kernel before each of a layer's products does the first half of their update, and the product the second one (`takes_adapters`; off until it
-has been measured).
+filters alone. With an 8-bit cache a separate kernel rotates and quantizes, because a scale needs a whole head.
 """
 
 from collections.abc import Sequence
@@ -14,13 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from altiplano.engine.config import LlamaConfig
-from altiplano.engine.cuda.adapter_pool import AdapterPool
 from altiplano.engine.cuda.quantized import AnyLayer, CodedWeights, PackedWeights, weight_of
 from altiplano.engine.weights import Weights
 from altiplano_kernels.cluster_attention.kernel import Shape, choose_shape, decode_clusters, fits
 from altiplano_kernels.few_rows import kernel as few
 from altiplano_kernels.few_rows.quantized import Packed
-from altiplano_kernels.few_rows.shrink import LowRank
 from altiplano_kernels.kv_write.kernel import rope_and_write
 from altiplano_kernels.sampling.kernel import advance
 from altiplano_kernels.tile_linear import kernel as tile
@@ -48,8 +44,6 @@ class FewRows:
         self._logits: torch.Tensor | None = None  # made at the first step that needs it
         self.plans: dict[str, few.Plan] = {}  # overrides, for tuning
         self.shape: Shape | None = None  # of attention, likewise
-        # Off until it has been measured; benchmarks and tests/gpu set it before the first step with adapters.
-        self.takes_adapters = False
         self._steady = steady
         # From nine rows on tiles are faster, but their sums are not those of one row, and packed weights have none.
         tiled = not steady and bool(model.tilings_of(few.MOST_ROWS))
@@ -68,19 +62,12 @@ class FewRows:
             and fits(config.num_attention_heads, config.num_key_value_heads, config.head_dim, page)
         )
 
-    def takes(self, rows: int, adapters: AdapterPool | None) -> bool:
-        """Whether steps of so many rows, which may have `adapters`, are for these kernels."""
-        if adapters is not None and not (self.takes_adapters and adapters.most_shared_bytes(rows) <= few.SHARED):
-            return False
-        return rows <= self.most_rows
-
-    def step(self, rows: torch.Tensor, fresh: int = 1, adapters: AdapterPool | None = None) -> None:
+    def step(self, rows: torch.Tensor, fresh: int = 1) -> None:
         """One token for each slot in `rows`: int32 [rows]; draws it and advances the slots. Capturable.
 
-        `fresh`: how many rows may belong to one request, at neighbouring positions; `adapters`: what rows may have, by its last `set_rows`. A row
-        without one is computed as by these kernels in a step without any, to the bit.
+        `fresh`: how many rows may belong to one request, at neighbouring positions.
         """
-        residual, weights, slots, scratch = self._residual(rows, fresh, adapters), self._weights, self._model.slots, self._scratch
+        residual, weights, slots, scratch = self._residual(rows, fresh), self._weights, self._model.slots, self._scratch
         blocks = few.norm_draw(
             residual,
             _head(weights),
@@ -95,10 +82,10 @@ class FewRows:
         )
         advance(scratch.values, scratch.ids, blocks, rows, slots.tokens, slots.positions, slots.steps, slots.ring, pdl=True)
 
-    def logits(self, rows: torch.Tensor, fresh: int = 1, adapters: AdapterPool | None = None) -> torch.Tensor:
+    def logits(self, rows: torch.Tensor, fresh: int = 1) -> torch.Tensor:
         """float32 [rows, vocab] of one token for each slot in `rows`, to the bit those that `step` draws from, for draws that need to see
         them. Capturable; valid until the next call."""
-        residual, weights = self._residual(rows, fresh, adapters), self._weights
+        residual, weights = self._residual(rows, fresh), self._weights
         if self._logits is None:
             self._logits = torch.empty(few.MOST_ROWS, self._model.config.vocab_size, dtype=torch.float32, device=rows.device)
         out = self._logits[: len(rows)]
@@ -106,7 +93,7 @@ class FewRows:
         few.norm_logits(residual, _head(weights), weights.norm, eps, out, plan, self._scratch.turn)
         return out
 
-    def _residual(self, rows: torch.Tensor, fresh: int, adapters: AdapterPool | None) -> torch.Tensor:
+    def _residual(self, rows: torch.Tensor, fresh: int) -> torch.Tensor:
         """The sums behind the last layer, bf16 [rows, hidden], before the last norm."""
         model, scratch, slots = self._model, self._scratch, self._model.slots
         config, weights, plan, count = model.config, self._weights, self._plans(len(rows)).get, len(rows)
@@ -117,22 +104,20 @@ class FewRows:
         for index, layer in enumerate(layers):
             cache, scales = model.cache[index], None if model.scales is None else model.scales[index]
             qkv, o, gate_up, down = (weight_of(layer, name) for name in ("qkv", "o", "gate_up", "down"))
-            low = _low_rank(adapters, "qkv", index, residual, layer.input_norm)
             if scales is None:
                 # Attention reads the positions before it waits: the first layer's must not start before `begin` has ended.
                 first = index == 0
-                few.norm_qkv(residual, qkv, layer.input_norm, eps, scratch, cache, heads, plan("qkv"), first, low)
+                few.norm_qkv(residual, qkv, layer.input_norm, eps, scratch, cache, heads, plan("qkv"), first)
                 query = scratch.query[:count]
             else:
                 query = self._qkv[:count]
-                few.linear(residual, qkv, query, layer.input_norm, eps, plan("qkv"), low)
+                few.linear(residual, qkv, query, layer.input_norm, eps, plan("qkv"))
                 positions = scratch.positions[:count]
                 rope_and_write(query, positions, rows, slots.tables, model.cos_sin, cache, scales, heads, pdl=True)
             decode_clusters(query, cache, scales, slots.tables, rows, scratch.positions, mixed, heads, self.shape, fresh=fresh)
-            few.add_linear(mixed, o, residual, plan("o"), _low_rank(adapters, "o", index, mixed))
-            low = _low_rank(adapters, "gate_up", index, residual, layer.post_norm)
-            few.norm_swiglu(residual, gate_up, layer.post_norm, eps, wide, plan("gate_up"), scratch.turn, low)
-            few.add_linear(wide, down, residual, plan("down"), _low_rank(adapters, "down", index, wide))
+            few.add_linear(mixed, o, residual, plan("o"))
+            few.norm_swiglu(residual, gate_up, layer.post_norm, eps, wide, plan("gate_up"), scratch.turn)
+            few.add_linear(wide, down, residual, plan("down"))
         return residual
 
     def _plans(self, rows: int) -> dict[str, few.Plan]:
@@ -148,12 +133,6 @@ class FewRows:
             name: few.steady_plan(mode, w.shape[0], w.shape[1], rows, w.bits if isinstance(w, Packed) else 16)
             for name, (mode, w) in weights.items()
         }
-
-
-def _low_rank(
-    adapters: AdapterPool | None, name: str, layer: int, x: torch.Tensor, gamma: torch.Tensor | None = None
-) -> LowRank | None:
-    return None if adapters is None else adapters.low_rank(name, layer, x, gamma)
 
 
 def _head(weights: Weights | PackedWeights) -> torch.Tensor | Packed:

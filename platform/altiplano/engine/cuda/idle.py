@@ -29,7 +29,7 @@ class IdleCaptures:
         bucket, kind = missing[0]
         few, rows = self._stepper.few, bucket * (kind.guesses + 1)
         # Who captures beside the thread that compiles would compile the same kernels, for seconds, while a request may come.
-        if (few is None or kind.adapted or not few.takes(rows, None)) and self._stepper.model.is_compiling(COMPILING_S):
+        if (few is None or kind.adapted or rows > few.most_rows) and self._stepper.model.is_compiling(COMPILING_S):
             return True
         torch.cuda.empty_cache()  # as every capture does: else what steps have left behind counts as taken
         free = torch.cuda.mem_get_info()[0]

@@ -317,7 +317,8 @@ class CudaRunner:
 
     def _decode_step(self, bucket: int, kind: Kind) -> None:
         def step(rows: torch.Tensor) -> None:
-            self.stepper.step(rows, kind.filtered, self._pool if kind.adapted else None, kind.guesses + 1)
+            update = self._pool.decode_update(len(rows)) if kind.adapted and self._pool is not None else None
+            self.stepper.step(rows, kind.filtered, update, kind.guesses + 1)
 
         if kind.guesses:
             assert self._guesses is not None

@@ -2,7 +2,7 @@
 
 import torch
 
-from altiplano.engine.cuda.adapter_pool import AdapterPool
+from altiplano.engine.cuda.adapter_pool import Update
 from altiplano.engine.cuda.few_rows import FewRows
 from altiplano.engine.cuda.model import CudaLlama
 from altiplano_kernels.filtered_sampling.kernel import draw_filtered
@@ -24,16 +24,15 @@ class Stepper:
         """Rows that `draw_rows` has room for."""
         return int(self._draws.values.numel() // self._draws.parts)
 
-    def step(self, rows: torch.Tensor, filtered: bool = False, adapters: AdapterPool | None = None, fresh: int = 1) -> None:
-        """A token for each slot in `rows`: int32 [rows]. `filtered`: a row draws under top-k, top-p or min-p; `adapters`: what rows may
-        have, by its last `set_rows`; `fresh`: how many rows may belong to one request, at neighbouring positions."""
-        if self.few is not None and self.few.takes(len(rows), adapters):
+    def step(self, rows: torch.Tensor, filtered: bool = False, update: Update | None = None, fresh: int = 1) -> None:
+        """A token for each slot in `rows`: int32 [rows]. `filtered`: a row draws under top-k, top-p or min-p; `update`: of adapters;
+        `fresh`: how many rows may belong to one request, at neighbouring positions."""
+        if self.few is not None and len(rows) <= self.few.most_rows and update is None:
             if filtered:
-                self.draw_rows(rows, self.few.logits(rows, fresh, adapters), pdl=True, filtered=True)
+                self.draw_rows(rows, self.few.logits(rows, fresh), pdl=True, filtered=True)
             else:
-                self.few.step(rows, fresh, adapters)
+                self.few.step(rows, fresh)
             return
-        update = None if adapters is None else adapters.decode_update(len(rows))
         hidden = self.model.decode_hidden(rows, update, fresh=fresh)
         candidates = None if filtered else self.model.draw(rows, hidden)
         if candidates is None:
