@@ -1,14 +1,15 @@
 """Plans of the few-row kernels, found by descent on whole decode steps: microseconds of a step in a CUDA graph.
 
-usage: PYTHONPATH=platform:kernels python benchmarks/engine/tune_few_rows.py MODEL ROWS[,ROWS…] none|int8|int4 [CONTEXT]
+usage: PYTHONPATH=platform:kernels python benchmarks/engine/tune_few_rows.py MODEL ROWS[,ROWS…] none|int8|int4 [CONTEXT [PRODUCT,…]]
 
-One product after another, in two rounds, takes the plan under which the sum over the numbers of rows is smallest; plans of a product
-are timed in turns, because a card drifts. What is fastest for a kernel alone is not for the step: neighbours share processors and caches.
+One product after another, in two rounds or as they are named (gate_up, o, head, down, qkv), takes the plan under which the sum over the
+numbers of rows is smallest; plans of a product are timed in turns, because a card drifts. What is fastest for a kernel alone is not for the
+step: neighbours share processors and caches.
 """
 
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import patch
@@ -71,8 +72,8 @@ class Tuner:
             "qkv": (QKV, heads + 2 * shape.num_key_value_heads * shape.head_dim, hidden, bits),
         }
 
-    def compile(self, rows: int) -> None:
-        """All candidates' kernels, on all processors of the host at once."""
+    def compile(self, rows: int, names: Sequence[str]) -> None:
+        """All candidates' kernels of some products, on all processors of the host at once."""
         wanted: dict[tuple[tuple[str, int], ...], Path] = {}
 
         class Nothing:
@@ -85,7 +86,7 @@ class Tuner:
 
         with patch.object(few, "build", note):
             for name, (mode, _, k, bits) in self.products.items():
-                for plan in candidates(mode, k, rows, bits):
+                for plan in candidates(mode, k, rows, bits) if name in names else ():
                     self.steps.plans = {name: plan}
                     self.steps.step(self.place(rows))
         self.steps.plans = {}
@@ -116,26 +117,27 @@ class Tuner:
                 times[name] += (decode_steps.replayed(self.runner, graph, STEPS, positions) for _ in range(replays))
         return {name: statistics.median(found) for name, found in times.items()}
 
-    def descend(self, counts: list[int]) -> Plans:
+    def descend(self, counts: list[int], names: Sequence[str]) -> Plans:
         current = {name: choose_plan(mode, n, k, max(counts), bits) for name, (mode, n, k, bits) in self.products.items()}
-        for _ in range(2):
-            for name, (mode, _, k, bits) in self.products.items():
-                tried = {str(tuple(plan)): plan for plan in candidates(mode, k, max(counts), bits)}
-                variants = {"now": current, **{key: {**current, name: plan} for key, plan in tried.items()}}
-                found = [self.compare(count, variants) for count in counts]
-                total = {key: sum(times[key] for times in found) for key in found[0] if all(key in times for times in found)}
-                best = min(total, key=lambda key: total[key])
-                if best != "now" and total[best] < total["now"] * (1 - LEAST_GAIN):
-                    current[name] = tried[best]
-                    print(f"  {name}: {tried[best]}, {total[best] - total['now']:+.1f} us", flush=True)
+        for name in names:
+            mode, _, k, bits = self.products[name]
+            tried = {str(tuple(plan)): plan for plan in candidates(mode, k, max(counts), bits)}
+            variants = {"now": current, **{key: {**current, name: plan} for key, plan in tried.items()}}
+            found = [self.compare(count, variants) for count in counts]
+            total = {key: sum(times[key] for times in found) for key in found[0] if all(key in times for times in found)}
+            best = min(total, key=lambda key: total[key])
+            if best != "now" and total[best] < total["now"] * (1 - LEAST_GAIN):
+                current[name] = tried[best]
+                print(f"  {name}: {tried[best]}, {total[best] - total['now']:+.1f} us", flush=True)
         return current
 
 
-def main(model: str, counts: list[int], quantization: str, context: int) -> None:
+def main(model: str, counts: list[int], quantization: str, context: int = 640, wanted: str = "") -> None:
     tuner = Tuner(model, quantization, context)
+    names = wanted.split(",") if wanted else [*tuner.products, *tuner.products]
     with torch.inference_mode():
-        tuner.compile(max(counts))
-        plans = tuner.descend(counts)
+        tuner.compile(max(counts), names)
+        plans = tuner.descend(counts, names)
         for count in counts:
             found = tuner.compare(count, {"before": {}, "now": plans}, 5, 5)
             print(f"{model} {quantization} {count} rows: before {found['before']:.1f}, now {found['now']:.1f} us", flush=True)
@@ -144,4 +146,4 @@ def main(model: str, counts: list[int], quantization: str, context: int) -> None
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], [int(count) for count in sys.argv[2].split(",")], sys.argv[3], int((sys.argv[4:] or ["640"])[0]))
+    main(sys.argv[1], [int(count) for count in sys.argv[2].split(",")], sys.argv[3], *map(int, sys.argv[4:5]), *sys.argv[5:])

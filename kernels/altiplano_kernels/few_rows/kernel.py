@@ -67,8 +67,17 @@ TUNED = {
     (SWIGLU, 16384, 2048, 8): (Plan(16, 1, 264), Plan(8, 2, 264)),
     (RESIDUAL, 2048, 8192, 8): (Plan(16, 1), Plan(8, 4)),
     (DRAW, 128256, 2048, 8): (Plan(16, 1, 264, turns=True), Plan(8, 2, 264)),
-    (SWIGLU, 16384, 2048, 4): (Plan(8, 2, 264, room=72), Plan(16, 1, 264)),
+    (SWIGLU, 16384, 2048, 4): (Plan(8, 2, 264, room=72), Plan(16, 1, 264, turns=True, room=44)),
     (RESIDUAL, 2048, 2048, 4): (Plan(16, 1), Plan(16, 1)),
+    (RESIDUAL, 2048, 8192, 4): (Plan(8, 4), Plan(16, 2, room=44)),
+    (QKV, 5120, 3072, 8): (Plan(4, 3), Plan(4, 3, room=44)),
+    (RESIDUAL, 3072, 3072, 8): (Plan(4, 3), Plan(8, 3)),
+    (SWIGLU, 16384, 3072, 8): (Plan(6, 4, 264, turns=True, room=44), Plan(12, 1, 264, room=44)),
+    (RESIDUAL, 3072, 8192, 8): (Plan(8, 2), Plan(8, 2)),
+    (DRAW, 128256, 3072, 8): (Plan(12, 2, 132, turns=True, room=72), Plan(8, 3, 264)),
+    (QKV, 5120, 3072, 4): (Plan(4, 6), Plan(4, 6)),
+    (SWIGLU, 16384, 3072, 4): (Plan(8, 3, 264), Plan(6, 4, 264)),
+    (RESIDUAL, 3072, 8192, 4): (Plan(8, 2), Plan(8, 2)),
 }
 
 
