@@ -33,7 +33,7 @@ VARIANTS = {
         "lora": "W1",
         "lora-8": "W2-B8",
     },
-    "3b": {"kv-fp8": "W2-B64,W2-B256,W2-B256-2048", "w-int4": "W1,W2-B8"},
+    "3b": {"kv-fp8": "W2-B64,W2-B256,W2-B256-2048", "w-int8": "W1,W2-B8", "w-int4": "W1,W2-B8"},
 }
 PYTEST = ("-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-W", "ignore", "-c", "/dev/null", "--rootdir=.",
           "--import-mode=importlib", "--tb=short")  # fmt: skip
