@@ -98,3 +98,25 @@ def test_only_steps_of_few_rows_without_adapters_are_for_the_kernels_for_few_row
         pool.set_rows([], 16)
         runner.stepper.step(rows[:16], update=pool.decode_update(16))
     assert taken == [16]
+
+
+def test_a_wide_model_has_fewer_rows_there(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block has all normed rows in shared memory."""
+    from altiplano.engine.cuda.few_rows import FewRows
+    from altiplano.engine.cuda.runner import CudaRunner
+    from altiplano_kernels.few_rows import kernel as few
+
+    assert [few.most_rows(hidden) for hidden in (2048, 3072, 6176, 8192, 16384, 1 << 20)] == [16, 16, 16, 12, 6, 0]
+    taken = list[int]()
+    monkeypatch.setattr(FewRows, "supports", staticmethod(lambda *_: True))
+    monkeypatch.setattr(FewRows, "step", lambda self, rows, fresh: taken.append(len(rows)))
+    monkeypatch.setattr(few, "most_rows", lambda hidden: 12)
+    config = EngineConfig(
+        model, device="cuda", dtype="bfloat16", load_format="dummy", max_model_len=96, max_num_seqs=32, num_blocks=48
+    )
+    runner = CudaRunner(config, device="cpu")
+    rows = torch.full((16,), runner.slots.scratch, dtype=torch.int32)
+    with torch.inference_mode():
+        for count in (8, 12, 16):
+            runner.stepper.step(rows[:count])
+    assert taken == [8, 12]

@@ -11,6 +11,8 @@ from altiplano_kernels.few_rows.quantized import Packed
 LINEAR, BEGIN = (Path(__file__).with_name(name) for name in ("linear.cu", "begin.cu"))
 MOST_ROWS = 16
 PLAIN, RESIDUAL, QKV, SWIGLU, DRAW, LOGITS = range(6)
+# Bytes that a block may have, less its static variables: 33 KiB at 16 warps and more than eight rows, else less.
+SHARED = (227 - 33) * 1024
 CHUNK = {16: 64, 8: 128, 4: 128}  # k of one warp's turn, by bits of a weight
 Weight = torch.Tensor | Packed
 _Begin = struct(
@@ -84,6 +86,15 @@ TUNED = {
 def divides(k: int, bits: int = 16) -> bool:
     """Whether sums over k can be split among the warps of a block."""
     return any(k % (warps * CHUNK[bits]) == 0 for warps in (4, 6))
+
+
+def most_rows(hidden: int) -> int:
+    """Rows whose normed values fit into a block's shared memory, at most MOST_ROWS: 16 up to a hidden size of 6,176, 12 at 8,192."""
+    return min(MOST_ROWS, SHARED // _row_bytes(hidden))
+
+
+def _row_bytes(k: int) -> int:
+    return (k + 32) * 2  # XPAD of linear.cu
 
 
 def choose_plan(mode: int, n: int, k: int, rows: int, bits: int = 16) -> Plan:
@@ -259,7 +270,7 @@ def _launch(
         ("EARLY", int(plan.early)), ("TURNS", int(turns)), ("HEAD_DIM", dim), ("HEADS", heads), ("KV_HEADS", kv_heads), ("PAGE", page),
     )  # fmt: skip
     kernel = build(LINEAR, "few_rows_linear", options, x.device.index)
-    shared = max(rows * (k + 32) * 2 if norm else 0, plan.room * 1024)
+    shared = max(rows * _row_bytes(k) if norm else 0, plan.room * 1024)
     kernel.allow(shared)
     given = {name: value.data_ptr() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
     if gamma is not None:

@@ -28,9 +28,9 @@ MOST_BLOCKS = 1056  # of the kernel that draws: eight per processor of the large
 
 
 class FewRows:
-    """The step of a `CudaLlama` for up to `few_rows.kernel.MOST_ROWS` rows.
+    """The step of a `CudaLlama` for up to `most_rows` rows.
 
-    `steady`: a row's result is the same, to the bit, in a step of one row and of 16, at the price of the fastest plans for one.
+    `steady`: a row's result is the same, to the bit, in a step of one row and of `most_rows`, at the price of the fastest plans for one.
     """
 
     def __init__(self, model: "CudaLlama", steady: bool = False) -> None:
@@ -47,7 +47,7 @@ class FewRows:
         self._steady = steady
         # From nine rows on tiles are faster, but their sums are not those of one row, and packed weights have none.
         tiled = not steady and bool(model.tilings_of(few.MOST_ROWS))
-        self.most_rows = tile.LEAST_ROWS - 1 if tiled else few.MOST_ROWS
+        self.most_rows = min(few.most_rows(config.hidden_size), tile.LEAST_ROWS - 1 if tiled else few.MOST_ROWS)
         if steady:
             self.shape = choose_shape(8, config.num_key_value_heads, config.head_dim, model.cache.element_size())
 
@@ -59,6 +59,7 @@ class FewRows:
         return (
             all(few.divides(k, bits) for k in sums)
             and config.vocab_size % 16 == 0
+            and few.most_rows(config.hidden_size) > 0
             and fits(config.num_attention_heads, config.num_key_value_heads, config.head_dim, page)
         )
 
