@@ -7,7 +7,8 @@ Weights are random with the public shape and a standard deviation of 0.02; each 
 read the same random tokens, and what they say after each of the last 64 is compared. `quality-kl` is the mean of KL(float32 || ours)
 over these positions, `quality-kl-max` the largest; `quality-logprob` and `…-max` are the absolute error of the next token's
 log-probability; all in nats. Behind the slash is the path of the rows: `prefill`, or decode steps of 1, 8 or 32 rows, whose logits
-are those that draws see: float32. The system `transformers` is transformers in bf16.
+are those that draws see: float32. The system `transformers` is transformers in bf16. Where the mean KL of a run is above its bound, the program says
+so and fails.
 """
 
 import argparse
@@ -17,10 +18,10 @@ import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -40,7 +41,17 @@ SEQUENCES, LENGTH, JUDGED = 32, 512, 64
 AT_ONCE = 8  # sequences of one forward pass
 DECODES = (1, 8, 32)
 PAGE = 32
-VARIANTS = ("bf16", "kv-fp8", "kv-int8", "w-int8", "w-int4", "w8a8-fp8", "w8a8-int8")
+# Variants, and the mean KL that no run may exceed: about one and a half times what was measured when each was new.
+MOST_KL = {
+    "bf16": 0.0005,
+    "kv-fp8": 0.008,
+    "kv-int8": 0.0009,
+    "w-int8": 0.003,
+    "w-int4": 0.4,
+    "w8a8-fp8": 0.065,
+    "w8a8-int8": 0.012,
+}
+VARIANTS = tuple(MOST_KL)
 
 
 @dataclass
@@ -192,6 +203,15 @@ def add(records: Records, variant: str, path: str, errors: Sequence[Errors]) -> 
         records.add(f"{name}/{path}", variant, values, "nats", False, command)
 
 
+def above_bounds(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What exceeds `MOST_KL` in the worst of its runs, in words."""
+    return [
+        f"{record['model']} {record['variant']} {record['workload']}: {record['max']}, and {MOST_KL[record['variant']]} is allowed"
+        for record in records
+        if record["workload"].startswith("quality-kl/") and record["max"] > MOST_KL[record["variant"]]
+    ]
+
+
 def judged_targets(ids: torch.Tensor) -> torch.Tensor:
     """The tokens that follow the judged ones: int64 [sequences * JUDGED]."""
     return ids[:, -JUDGED:].flatten()
@@ -218,13 +238,14 @@ def main() -> None:
     try:
         if not (checkpoint / "config.json").exists():
             write_checkpoint(model_config(options.model), checkpoint)
-        run(options.model, checkpoint, variants, options.commit, options.out)
+        records = run(options.model, checkpoint, variants, options.commit, options.out)
     finally:
         if options.checkpoint is None:
             shutil.rmtree(checkpoint, ignore_errors=True)
+    sys.exit("\n".join(above_bounds(records)) or 0)
 
 
-def run(model: str, checkpoint: Path, variants: Sequence[str], commit: str, out: Path | None) -> None:
+def run(model: str, checkpoint: Path, variants: Sequence[str], commit: str, out: Path | None) -> list[dict[str, Any]]:
     import transformers
     import triton
 
@@ -250,6 +271,7 @@ def run(model: str, checkpoint: Path, variants: Sequence[str], commit: str, out:
         except Exception:
             print(f"{variant} failed:", file=sys.stderr)
             traceback.print_exc()
+    return records.rows
 
 
 def _upload(values: torch.Tensor) -> torch.Tensor:

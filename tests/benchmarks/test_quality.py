@@ -1,6 +1,7 @@
 """The comparison of distributions that the engine's quality is measured by."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -92,3 +93,17 @@ def test_a_path_that_fails_costs_only_itself(
     assert all(row["runs"] == 3 and row["variant"] == "w-int4" and row["unit"] == "nats" for row in rows.values())
     assert rows["quality-kl-max/prefill"]["max"] < 1e-6 < 0.1 < rows["quality-kl/decode-2"]["min"]
     assert "no such kernel" in capsys.readouterr().err
+
+
+def test_what_is_committed_is_within_the_bounds_and_a_worse_run_is_named(quality: Any) -> None:
+    records = [
+        record
+        for record in json.loads((FOLDER.parent / "results/engine.json").read_text())
+        if record["workload"].startswith("quality-kl/")
+    ]
+    assert {record["variant"] for record in records} == set(quality.VARIANTS)
+    assert quality.above_bounds(records) == []
+    worse = [{**record, "max": 2 * record["max"]} for record in records]
+    assert {record["variant"] for record in worse} == {line.split()[1] for line in quality.above_bounds(worse)}
+    (named,) = quality.above_bounds([{**records[0], "variant": "kv-fp8", "max": 0.009}])
+    assert "kv-fp8 quality-kl/prefill: 0.009, and 0.008 is allowed" in named
