@@ -58,8 +58,7 @@ def _tests() -> list[Job]:
 
 
 def _workloads() -> list[Job]:
-    jobs = {"1b": f"{BF16},W2-B256-2048", "3b": BF16}
-    return [Job(f"workloads-{m}", m, ["benchmarks/engine/workloads.py", m, "--only", only]) for m, only in jobs.items()]
+    return [Job(f"workloads-{m}", m, ["benchmarks/engine/workloads.py", m, "--only", f"{BF16},W2-B256-2048"]) for m in MODELS]
 
 
 def _variants() -> list[Job]:
