@@ -181,8 +181,9 @@ def norm_qkv(
     plan: Plan | None = None,
     first: bool = True,
 ) -> None:
-    """Rotated queries of rms_norm(x) * gamma into step.query; rotated keys, and values, into their pages. The kernel after it may read what came from before the step's
-    `first` layer without waiting.
+    """Rotated queries of rms_norm(x) * gamma into step.query; rotated keys, and values, into their pages.
+
+    The kernel after it may read what came from before the step's `first` layer without waiting.
 
     x: bf16 [rows, k]; w: bf16 [(heads + 2 kv_heads) * head_dim, k]; cache: bf16 [blocks, 2, kv_heads, page, head_dim].
     """
