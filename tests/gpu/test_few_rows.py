@@ -14,7 +14,7 @@ pytestmark = [
 from altiplano_kernels.cluster_attention.kernel import Shape, decode_clusters  # noqa: E402
 from altiplano_kernels.few_rows import kernel as few  # noqa: E402
 from altiplano_kernels.few_rows import reference  # noqa: E402
-from altiplano_kernels.few_rows.quantized import dequantize, pack, quantize  # noqa: E402
+from altiplano_kernels.few_rows.quantized import Packed, dequantize, pack, quantize  # noqa: E402
 from altiplano_kernels.kv_write.kernel import rope_and_write  # noqa: E402
 from altiplano_kernels.rope.reference import cos_sin as tables_of  # noqa: E402
 from altiplano_kernels.rope.reference import inverse_frequencies  # noqa: E402
@@ -23,10 +23,22 @@ from altiplano_kernels.sampling.reference import gumbel  # noqa: E402
 
 PAGE, EPS = 32, 1e-5
 ROWS = [1, 2, 7, 8, 9, 16]
+MOST_BLOCKS = 528  # of a plan that draws
 
 
 def bf16(*shape: int, spread: float = 1.0) -> torch.Tensor:
     return (torch.randn(*shape, device="cuda") * spread).bfloat16()
+
+
+def weights(
+    n: int, k: int, bits: int, head_dim: int = 16, halves: bool = False, spread: float = 0.05
+) -> tuple[few.Weight, torch.Tensor]:
+    """What the kernels take, and what it stands for: [n, k]."""
+    w = bf16(n, k, spread=spread)
+    if bits == 16:
+        return w, w
+    codes, scales = quantize(w, bits)
+    return pack(codes, scales, bits, head_dim, halves), dequantize(codes, scales)
 
 
 def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -192,28 +204,26 @@ POSITIONS = [0, 31, 32, 33, 63, 200, 640, 777, 1, 64, 127, 128, 500, 30, 5, 1023
 @pytest.mark.parametrize("rows", [1, 3, 8, 16])
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_queries_keys_and_values_of_a_step(shape: tuple[int, int, int], bits: int, rows: int) -> None:
+    check_queries_keys_and_values(shape, 1024, rows, bits)
+
+
+def check_queries_keys_and_values(shape: tuple[int, int, int], hidden: int, rows: int, bits: int, first: bool = True) -> None:
     torch.manual_seed(rows)
-    hidden, vocab = 1024, 64
+    vocab = 64
     pages = Pages(*shape, POSITIONS[-rows:], torch.bfloat16)
     heads, kv_heads, dim = shape
     tokens = torch.randint(vocab, (rows,), dtype=torch.int32, device="cuda")
-    embedding, gamma, w = (
-        bf16(vocab, hidden),
-        1 + bf16(hidden, spread=0.1),
-        bf16((heads + 2 * kv_heads) * dim, hidden, spread=0.05),
-    )
+    embedding, gamma = bf16(vocab, hidden), 1 + bf16(hidden, spread=0.1)
+    weight, w = weights((heads + 2 * kv_heads) * dim, hidden, bits, dim)
     step = few.Step(hidden, heads * dim, 256, dim, 1, "cuda")
     few.begin(pages.order, tokens, pages.positions, pages.tables, embedding, pages.cos_sin, pages.cache, step)
     slots = pages.order.long()
     x, at = embedding[tokens[slots].long()], pages.positions[slots]
     assert torch.equal(step.residual[:rows], x) and torch.equal(step.positions[:rows], at)
     before = pages.cache.clone()
-    weight: few.Weight = w
-    if bits < 16:
-        codes, scales = quantize(w, bits)
-        weight, w = pack(codes, scales, bits, dim), dequantize(codes, scales)
+    if isinstance(weight, Packed):
         assert error(few.unpack(weight, torch.empty(w.numel(), dtype=torch.bfloat16, device="cuda")), w) < 3e-3
-    few.norm_qkv(step.residual[:rows], weight, gamma, EPS, step, pages.cache, heads)
+    few.norm_qkv(step.residual[:rows], weight, gamma, EPS, step, pages.cache, heads, first=first)
     q, k, v = reference.norm_qkv(x, w, gamma, EPS, pages.cos_sin[at.long()], heads, kv_heads)
     assert error(step.query[:rows].view(rows, heads, dim), q) < 5e-3
     page, place = pages.tables[slots, at.long() // PAGE].long(), at.long() % PAGE
@@ -255,17 +265,21 @@ def test_attention_of_ragged_sequences(shape: tuple[int, int, int], kind: torch.
 
 @pytest.mark.parametrize("rows", [1, 6, 13])
 def test_draws_from_hidden_states(rows: int) -> None:
+    check_draws(rows, 16 * 999, 2048, 16)
+
+
+def check_draws(rows: int, vocab: int, hidden: int, bits: int) -> None:
     torch.manual_seed(rows)
-    hidden, vocab, slots = 2048, 16 * 999, 14
-    x, gamma, head = bf16(rows, hidden), 1 + bf16(hidden, spread=0.1), bf16(vocab, hidden, spread=0.02)
+    slots = 14
+    x, gamma, (weight, head) = bf16(rows, hidden), 1 + bf16(hidden, spread=0.1), weights(vocab, hidden, bits, spread=0.02)
     pick = torch.randperm(slots - 1)[:rows].int().cuda()
     tokens, positions = (torch.zeros(slots, dtype=torch.int32, device="cuda") for _ in range(2))
     steps = torch.arange(slots, dtype=torch.int32, device="cuda") + RING - 3
     temperatures = torch.tensor([0.0, 0.6, 1.0, 0.0, 2.0, 0.0, 0.3] * 2, device="cuda")
     seeds = torch.arange(slots, device="cuda") * (2**40 + 9) - 3
     ring = torch.full((slots, RING), -1, dtype=torch.int32, device="cuda")
-    before, step = steps.clone(), few.Step(hidden, 256, 256, 64, 264, "cuda")
-    blocks = few.norm_draw(x, head, gamma, EPS, pick, temperatures, seeds, steps, step)
+    before, step = steps.clone(), few.Step(hidden, 256, 256, 64, MOST_BLOCKS, "cuda")
+    blocks = few.norm_draw(x, weight, gamma, EPS, pick, temperatures, seeds, steps, step)
     advance(step.values, step.ids, blocks, pick, tokens, positions, steps, ring)
     at = pick.long()
     logits, heat = reference.linear(x, head, gamma, EPS).float(), temperatures[at][:, None]
@@ -274,10 +288,36 @@ def test_draws_from_hidden_states(rows: int) -> None:
     # Sums in another order may swap near-equals, never more.
     assert float((scores.max(-1).values - scores.gather(1, drawn[:, None])[:, 0]).max()) < 0.05
     written = torch.full((rows, vocab), float("nan"), device="cuda")
-    few.norm_logits(x, head, gamma, EPS, written)
+    few.norm_logits(x, weight, gamma, EPS, written, turn=step.turn)
+    assert int(step.turn) == 0
     assert error(written, logits) < 5e-3
     assert torch.equal(written.argmax(-1)[heat[:, 0] == 0], drawn[heat[:, 0] == 0]), "the same sums, to the bit"
     scores += (written - logits) / torch.where(heat > 0, heat, 1.0)
     assert float((scores.max(-1).values - scores.gather(1, drawn[:, None])[:, 0]).max()) < 1e-4
     assert torch.equal(ring[at, before[at].long() % RING].long(), drawn)
     assert torch.equal(steps - before, positions) and int(positions.sum()) == rows
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+@pytest.mark.parametrize("key", few.TUNED, ids=str)
+def test_plans_that_ship_at_the_sizes_that_they_are_for(key: tuple[int, int, int, int], rows: int) -> None:
+    mode, n, k, bits = key
+    torch.manual_seed(n + k + rows)
+    if mode == few.QKV:
+        [shape] = [(heads, kv_heads, dim) for heads, kv_heads, dim in SHAPES if (heads + 2 * kv_heads) * dim == n]
+        check_queries_keys_and_values(shape, k, rows, bits, first=False)  # as all layers but one
+    elif mode == few.DRAW:
+        check_draws(rows, n, k, bits)
+    elif mode == few.RESIDUAL:
+        x, residual, (weight, w) = bf16(rows, k), bf16(rows, n), weights(n, k, bits)
+        wanted = residual.double() + reference.linear(x, w)
+        few.add_linear(x, weight, residual)
+        assert error(residual, wanted) < 3e-3
+    else:
+        assert mode == few.SWIGLU
+        x, gamma, (weight, w) = bf16(rows, k, spread=3.0), 1 + bf16(k, spread=0.2), weights(n, k, bits, halves=True)
+        wanted, turn = reference.norm_swiglu(x, w, gamma, EPS), torch.zeros(1, dtype=torch.int32, device="cuda")
+        for _ in range(2):  # the second takes its turns where the first has left the counter
+            out = torch.full((rows, n // 2), float("nan"), dtype=torch.bfloat16, device="cuda")
+            few.norm_swiglu(x, weight, gamma, EPS, out, turn=turn)
+            assert error(out, wanted) < 6e-3 and int(turn) == 0
