@@ -4,6 +4,8 @@ The contexts are those that W3 has left when so many of its 256 requests still r
 because a long row may be left alone at the end.
 
 usage: PYTHONPATH=platform:kernels python benchmarks/engine/tune_attention.py MODEL ROWS[,ROWS…] [--context TOKENS] [--kv-cache-dtype auto|fp8|int8]
+
+Fewer rows than 9 take the few-row kernels, whose attention has no tilings.
 """
 
 import argparse
@@ -14,15 +16,18 @@ from unittest.mock import patch
 
 import decode_steps
 import torch
+from definitions import SHAPES as MODELS
 from workloads import model_directory
 
 from altiplano.engine import EngineConfig
 from altiplano.engine.cuda import model as models
 from altiplano.engine.cuda.graphs import PLAIN
+from altiplano.engine.cuda.loading import CACHE_DTYPES
 from altiplano.engine.cuda.runner import CudaRunner
 from altiplano_kernels.cluster_attention import kernel as clusters
 from altiplano_kernels.cluster_attention.kernel import Shape
 from altiplano_kernels.paged_attention.kernel import DecodeWorkspace
+from altiplano_kernels.tile_linear.kernel import LEAST_ROWS
 
 STEPS, TURNS, REPLAYS, SHOWN = 3, 4, 2, 6
 LONGEST, MOST_SPLITS = 2112, 4
@@ -51,21 +56,34 @@ def contexts_of(rows: int, context: int | None) -> list[int]:
     return [dice.randint(100, 1024) + said for _ in range(rows)]
 
 
-def place(runner: CudaRunner, contexts: Sequence[int], blocks: int) -> None:
-    """A row for each context, longest first, its pages anywhere."""
+def pages_of(context: int) -> int:
+    """Pages of a row whose steps end with `context` tokens."""
+    return -(-context // decode_steps.PAGE)
+
+
+def blocks_of(counts: Sequence[int], context: int | None) -> int:
+    """Pages of a cache for so many rows, and for the one request of any length that an engine must have room for."""
+    most = max(sum(map(pages_of, contexts_of(rows, context))) for rows in counts)
+    return max(most, pages_of(LONGEST))
+
+
+def place(runner: CudaRunner, contexts: Sequence[int], blocks: int) -> torch.Tensor:
+    """A row for each context, longest first, its pages anywhere; returns where all steps begin: int32 [slots], positions from which `STEPS` of them
+    fill the context. A warm-up moves the slots' own."""
     free, rows = random.Random(0).sample(range(blocks), blocks), len(contexts)
     for slot, context in enumerate(contexts):
-        runner.slots.set_pages(slot, [free.pop() for _ in range(-(-(context + 8) // decode_steps.PAGE))], fresh=True)
+        runner.slots.set_pages(slot, [free.pop() for _ in range(pages_of(context))], fresh=True)
     runner.slots.upload_tables()
     slots = list(range(rows))
     positions = [context - STEPS for context in contexts]
     runner.slots.write(slots, [1] * rows, positions, [0] * rows, [0.6] * rows, [0] * rows)
     runner.slots.upload_rows(runner.slots.longest_first(slots), rows)
+    return runner.slots.positions.clone()
 
 
-def captured(runner: CudaRunner, rows: int, choice: Sequence[int] | None) -> torch.cuda.CUDAGraph:
-    """Steps under the kernels' own choice, a shape of clusters, or a tiling."""
-    runner.model.tilings.clear()
+def captured(runner: CudaRunner, rows: int, positions: torch.Tensor, choice: Sequence[int] | None) -> torch.cuda.CUDAGraph:
+    """Steps from `positions` on under the kernels' own choice, a shape of clusters, or a tiling."""
+    runner.slots.positions.copy_(positions)
 
     def capture() -> torch.cuda.CUDAGraph:
         return decode_steps.capture(lambda: runner._decode_step(rows, PLAIN), STEPS)
@@ -84,17 +102,31 @@ def captured(runner: CudaRunner, rows: int, choice: Sequence[int] | None) -> tor
         return capture()
 
 
-def main() -> None:
+def counts_of(text: str) -> list[int]:
+    """Numbers of rows, which attention can be tuned for."""
+    counts = [int(rows) for rows in text.split(",")]
+    if min(counts) < LEAST_ROWS:
+        raise argparse.ArgumentTypeError(
+            f"steps of fewer than {LEAST_ROWS} rows take the few-row kernels, which have no tilings: ask for more than {min(counts)}"
+        )
+    return counts
+
+
+def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("rows", type=lambda text: [int(rows) for rows in text.split(",")])
+    parser.add_argument("model", choices=sorted(MODELS))
+    parser.add_argument("rows", type=counts_of)
     parser.add_argument("--context", type=int)
-    parser.add_argument("--kv-cache-dtype", default="auto")
-    options = parser.parse_args()
-    most = max(options.rows)
-    blocks = max(
-        sum(-(-(tokens + 8) // decode_steps.PAGE) for tokens in contexts_of(rows, options.context)) for rows in options.rows
-    )
+    parser.add_argument("--kv-cache-dtype", default="auto", choices=CACHE_DTYPES)
+    options = parser.parse_args(arguments)
+    if options.context is not None and not STEPS <= options.context <= LONGEST:
+        parser.error(f"--context must be between {STEPS} and the {LONGEST} tokens that a slot holds, not {options.context}")
+    return options
+
+
+def main() -> None:
+    options = options_of()
+    most, blocks = max(options.rows), blocks_of(options.rows, options.context)
     config = EngineConfig(
         model=model_directory(options.model), dtype="bfloat16", device="cuda", load_format="dummy", max_model_len=LONGEST, max_num_seqs=most,
         num_blocks=blocks,
@@ -108,11 +140,10 @@ def main() -> None:
         scales.fill_(0.01)
     for rows in options.rows:
         contexts = contexts_of(rows, options.context)
-        place(runner, contexts, blocks)
         with torch.inference_mode():
+            positions = place(runner, contexts, blocks)
             choices: list[Sequence[int] | None] = [None, *SHAPES, *(() if scales is not None else TILINGS)]
-            graphs = {choice: captured(runner, rows, choice) for choice in choices}
-            positions = runner.slots.positions.clone()
+            graphs = {choice: captured(runner, rows, positions, choice) for choice in choices}
             times = {choice: list[float]() for choice in choices}
             for _ in range(TURNS):
                 for choice, graph in graphs.items():

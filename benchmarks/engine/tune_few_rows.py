@@ -7,6 +7,7 @@ numbers of rows is smallest; plans of a product are timed in turns, because a ca
 step: neighbours share processors and caches.
 """
 
+import argparse
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from unittest.mock import patch
 
 import decode_steps
 import torch
+from definitions import SHAPES
 from workloads import model_directory
 
 from altiplano.engine import EngineConfig
@@ -23,10 +25,11 @@ from altiplano.engine.cuda.quantized import BITS
 from altiplano.engine.cuda.runner import CudaRunner
 from altiplano_kernels import cuda_program
 from altiplano_kernels.few_rows import kernel as few
-from altiplano_kernels.few_rows.kernel import CHUNK, DRAW, QKV, RESIDUAL, SWIGLU, Plan, choose_plan
+from altiplano_kernels.few_rows.kernel import CHUNK, DRAW, MOST_ROWS, QKV, RESIDUAL, SWIGLU, Plan, choose_plan
 
 STEPS, ROUNDS, REPLAYS = 4, 2, 3
 LEAST_GAIN = 0.0015
+PRODUCTS = ("gate_up", "o", "head", "down", "qkv")
 Plans = dict[str, Plan]
 
 
@@ -64,13 +67,14 @@ class Tuner:
         assert steps is not None
         self.steps, shape, bits = steps, self.runner.model.config, BITS.get(quantization, 16)
         hidden, heads = shape.hidden_size, shape.num_attention_heads * shape.head_dim
-        self.products = {
-            "gate_up": (SWIGLU, 2 * shape.intermediate_size, hidden, bits),
-            "o": (RESIDUAL, hidden, heads, bits),
-            "head": (DRAW, shape.vocab_size, hidden, 16 if bits == 16 else 8),
-            "down": (RESIDUAL, hidden, shape.intermediate_size, bits),
-            "qkv": (QKV, heads + 2 * shape.num_key_value_heads * shape.head_dim, hidden, bits),
-        }
+        sizes = (
+            (SWIGLU, 2 * shape.intermediate_size, hidden, bits),
+            (RESIDUAL, hidden, heads, bits),
+            (DRAW, shape.vocab_size, hidden, 16 if bits == 16 else 8),
+            (RESIDUAL, hidden, shape.intermediate_size, bits),
+            (QKV, heads + 2 * shape.num_key_value_heads * shape.head_dim, hidden, bits),
+        )
+        self.products = dict(zip(PRODUCTS, sizes, strict=True))
 
     def compile(self, rows: int, names: Sequence[str]) -> None:
         """All candidates' kernels of some products, on all processors of the host at once."""
@@ -132,18 +136,44 @@ class Tuner:
         return current
 
 
-def main(model: str, counts: list[int], quantization: str, context: int = 640, wanted: str = "") -> None:
-    tuner = Tuner(model, quantization, context)
-    names = wanted.split(",") if wanted else [*tuner.products, *tuner.products]
+def counts_of(text: str) -> list[int]:
+    """Numbers of rows that the kernels take."""
+    counts = [int(rows) for rows in text.split(",")]
+    if not 1 <= min(counts) <= max(counts) <= MOST_ROWS:
+        raise argparse.ArgumentTypeError(f"the few-row kernels take 1 to {MOST_ROWS} rows, not {text}")
+    return counts
+
+
+def products_of(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in PRODUCTS]:
+        raise argparse.ArgumentTypeError(f"no product {', '.join(unknown)}: use some of {', '.join(PRODUCTS)}")
+    return names
+
+
+def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=sorted(SHAPES))
+    parser.add_argument("rows", type=counts_of)
+    parser.add_argument("quantization", choices=("none", *BITS))
+    parser.add_argument("context", type=int, nargs="?", default=640)
+    parser.add_argument("products", type=products_of, nargs="?", default=[*PRODUCTS, *PRODUCTS])
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = options_of()
+    counts, tuner = options.rows, Tuner(options.model, options.quantization, options.context)
     with torch.inference_mode():
-        tuner.compile(max(counts), names)
-        plans = tuner.descend(counts, names)
+        tuner.compile(max(counts), options.products)
+        plans = tuner.descend(counts, options.products)
         for count in counts:
             found = tuner.compare(count, {"before": {}, "now": plans}, 5, 5)
-            print(f"{model} {quantization} {count} rows: before {found['before']:.1f}, now {found['now']:.1f} us", flush=True)
+            before, now = found["before"], found["now"]
+            print(f"{options.model} {options.quantization} {count} rows: before {before:.1f}, now {now:.1f} us", flush=True)
     for name, plan in plans.items():
         print(f"  {name} {tuner.products[name]}: {plan}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], [int(count) for count in sys.argv[2].split(",")], sys.argv[3], *map(int, sys.argv[4:5]), *sys.argv[5:])
+    main()
