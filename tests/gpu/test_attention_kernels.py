@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 from altiplano_kernels.embed_norm.kernel import add_norm, embed_rows
 from altiplano_kernels.kv_write.kernel import rope_and_write
-from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, choose_splits, decode
+from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, choose_splits, choose_tiling, decode
 from altiplano_kernels.prefill_attention.kernel import list_tiles, prefill_triton
 from altiplano_kernels.rms_norm.reference import rms_norm
 from altiplano_kernels.rope.reference import cos_sin as tables_of
@@ -33,6 +33,14 @@ PAGE = 32
 PRODUCTS = torch.bfloat16 if GPU else torch.float32  # the interpreter has no bf16 product
 SHAPES = [(32, 8, 64), (24, 8, 128), (4, 2, 32)] if GPU else [(6, 2, 32)]
 CACHES = [torch.bfloat16, torch.int8, torch.float8_e4m3fn] if GPU else [torch.bfloat16, torch.int8]
+# Splits, tile, stages and warps that the engine chooses for steps of many rows of both models.
+CHOSEN = sorted(
+    {
+        (shape if GPU else SHAPES[0], choose_splits(rows, *shape[1:]), choose_tiling(rows, *shape[1:]))
+        for shape in ((32, 8, 64), (24, 8, 128))
+        for rows in (24, 64, 192, 256, 512)
+    }
+)
 
 
 class Paged:
@@ -104,6 +112,20 @@ def bound(kind: torch.dtype) -> float:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("splits", [1, 2, 8])
 def test_decode_attention_of_ragged_sequences(shape: tuple[int, int, int], kind: torch.dtype, splits: int) -> None:
+    check_decode_attention(shape, kind, splits)
+
+
+@pytest.mark.parametrize("kind", CACHES, ids=str)
+@pytest.mark.parametrize(("shape", "splits", "tiling"), CHOSEN, ids=str)
+def test_decode_attention_as_it_is_chosen(
+    shape: tuple[int, int, int], splits: int, tiling: tuple[int, int, int], kind: torch.dtype
+) -> None:
+    check_decode_attention(shape, kind, splits, tiling)
+
+
+def check_decode_attention(
+    shape: tuple[int, int, int], kind: torch.dtype, splits: int, tiling: tuple[int, int, int] = (32, 4, 1)
+) -> None:
     lengths = [1, 31, 32, 33, 64, 65, 200, 777] if GPU else [1, 32, 33, 90]
     paged = Paged(*shape, lengths, kind, seed=splits)
     last = torch.tensor(lengths).cumsum(0) - 1
@@ -114,7 +136,7 @@ def test_decode_attention_of_ragged_sequences(shape: tuple[int, int, int], kind:
     work = DecodeWorkspace(len(lengths), shape[1], shape[2], DEVICE, splits)
     for _ in range(3):  # the arrival counts must return to zero
         out.fill_(float("nan"))
-        decode(query, paged.cache, paged.scales, paged.tables, rows, at, out, work, shape[0], splits)
+        decode(query, paged.cache, paged.scales, paged.tables, rows, at, out, work, shape[0], splits, *tiling)
         for row, n in enumerate(lengths):
             assert error(out[row], paged.dense(row, n - 1)[0]) < bound(kind), (row, n)
 

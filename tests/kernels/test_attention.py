@@ -11,11 +11,20 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
-from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, decode  # noqa: E402
+from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, choose_splits, choose_tiling, decode  # noqa: E402
 from altiplano_kernels.prefill_attention.kernel import list_tiles, prefill_triton  # noqa: E402
 
 from .interpreted import patch_rounding  # noqa: E402
-from .paged import BOUND, KINDS, QUERY, LastRows, Pages, random_lengths, random_sizes, wider  # noqa: E402
+from .paged import BOUND, KINDS, QUERY, LastRows, Pages, Sizes, random_lengths, random_sizes, wider  # noqa: E402
+
+# Heads of a group, their size, splits, and tile, stages and warps, as they are chosen for steps of many rows of both models.
+CHOSEN = sorted(
+    {
+        (group, dim, choose_splits(rows, 8, dim), choose_tiling(rows, 8, dim))
+        for group, dim in ((4, 64), (3, 128))
+        for rows in (24, 64, 192, 256, 512)
+    }
+)
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +49,28 @@ def test_one_token_sees_all_before_it_and_nothing_else(kind: torch.dtype, seed: 
         last.ask()
         decode(last.query, *given, sizes.heads, splits, tile, 2, 4)
         assert float(last.errors().max()) < BOUND, (sizes, pages.lengths, splits, tile)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize(("group", "dim", "splits", "tiling"), CHOSEN, ids=str)
+def test_choices_for_many_rows_see_the_same(
+    group: int, dim: int, splits: int, tiling: tuple[int, int, int], kind: torch.dtype
+) -> None:
+    """At few rows and heads: the end of a tile, of a page, and more than one tile a split."""
+    torch.manual_seed(splits + dim)
+    pages = Pages(Sizes(2, group, dim, 32), [1, 33, 64, 65, 4 * 64 + 90], kind, random.Random(dim), DEVICE)
+    last = LastRows(pages, [4, 2, 0, 3, 1], QUERY)
+    work = DecodeWorkspace(5, 2, dim, DEVICE, splits)
+    last.ask()
+    decode(
+        last.query, pages.cache, pages.scales, pages.tables, last.rows, last.positions, last.out, work, 2 * group, splits, *tiling
+    )
+    assert float(last.errors().max()) < BOUND
+    assert int(work.counters.abs().max()) == 0
+
+
+def test_both_tilings_are_chosen() -> None:
+    assert {(splits, *tiling) for _, _, splits, tiling in CHOSEN} == {(1, 32, 4, 1), (1, 64, 3, 2), (4, 32, 4, 1), (4, 64, 3, 2)}
 
 
 @pytest.mark.parametrize("seed", range(4))
