@@ -58,9 +58,11 @@ class Cluster:
     def kill(self, node: psutil.Popen) -> None:
         """Everything on a node at once, as when its power goes."""
         everything = [*node.children(recursive=True), node]
-        for process in everything:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        # Stopped first: else one that is still alive could answer for those that are dead already.
+        for end in (psutil.Process.suspend, psutil.Process.kill):
+            for process in everything:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    end(process)
         psutil.wait_procs(everything, timeout=30)
         _gone(node)
         self._nodes.remove(node)
