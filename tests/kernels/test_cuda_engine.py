@@ -220,6 +220,44 @@ def test_caches_take_what_was_measured_for_them(models: tuple[Path, Path], kind:
         assert sum(tensor.nbytes for tensor in weights.values()) == weight_bytes(read_config(model))
 
 
+@pytest.mark.parametrize("kind", ["auto", "fp8", "int8"])
+def test_a_write_into_a_free_page_of_any_cache_is_named(models: tuple[Path, Path], kind: str) -> None:
+    from altiplano.engine.canary import Canary
+    from altiplano.engine.cuda.runner import CudaRunner
+    from altiplano.engine.pages import PagePool
+
+    config = EngineConfig(
+        models[0], device="cuda", dtype="bfloat16", load_format="dummy", max_model_len=96, num_blocks=6, block_size=16,
+        num_speculative_tokens=3, speculative_model=models[1],
+    )  # fmt: skip
+    runner = CudaRunner(config, kind, device="cpu")
+    canary = Canary(PagePool(6), runner)
+    canary.check()
+    canary.check()
+    target, draft = (loaded.caches for loaded in runner._models)
+    assert not any(cache[:, 6].float().any() for cache in target), "scratch is written by everybody"
+    assert not any(cache.float().any() for cache in draft)
+    for cache in target:
+        cache[0, 4, 1, 0, 15] = 0
+        with pytest.raises(AssertionError, match=r"free pages \[4\] have been written"):
+            canary.check()
+        runner.stamp([4])
+    canary.check()
+
+
+def test_free_pages_are_watched_before_and_after_sleep(models: tuple[Path, Path]) -> None:
+    engine, short = make(models[0], enable_prefix_caching=False), replace(SEEDED, max_tokens=3)
+    said = answers(engine, texts(1), short)
+    engine.sleep()
+    engine.wake_up()
+    assert not bool(engine.runner.model.cache.any())
+    assert answers(engine, texts(1), short) == said
+    assert bool(engine.runner.model.cache[:, :48].isnan().all())
+    engine.runner.model.cache[0, 40, 0, 0, 3] = 0.5
+    with pytest.raises(AssertionError, match=r"free pages \[40\] have been written"):
+        answers(engine, texts(1), short)
+
+
 def test_a_latency_target_cuts_prompts_beside_answers(models: tuple[Path, Path]) -> None:
     pieces = {}
     for target in (None, 0.001):

@@ -30,6 +30,7 @@ from altiplano_kernels.sampling.kernel import RING
 from .events import recorded
 
 VOCAB, EOS = 64, 63
+FREE = 254  # what free pages hold in debug mode; no token either
 
 
 def follow(text: Sequence[int], seed: int) -> int:
@@ -70,6 +71,12 @@ class PretendedRunner:
 
     def warm_up(self) -> None:
         pass
+
+    def stamp(self, pages: Sequence[int]) -> None:
+        self._cache.update(((page, offset), FREE) for page in pages for offset in range(self._size))
+
+    def written(self, pages: Sequence[int]) -> list[int]:
+        return [page for page in pages if {self._cache[page, offset] for offset in range(self._size)} != {FREE}]
 
     def guesses_per_request(self, requests: int) -> int:
         places = (16 // Guesses.bucket_of(requests) - 1) if 0 < requests <= 8 else 0
@@ -258,6 +265,21 @@ def test_whatever_is_mixed_every_answer_is_what_the_request_says_alone(seed: int
     assert (stats.num_running, stats.kv_cache_held) == (0, 0) and stats.accepted_tokens <= stats.guessed_tokens
     assert stats.steps == sum(record.steps for record in engine.step_log.last()) >= stats.guessed_steps
     assert nothing_is_kept(engine)
+
+
+def test_a_write_into_a_free_page_is_named_once_nothing_is_in_flight() -> None:
+    engine = make(False, lambda: True, max_model_len=64, num_blocks=8, block_size=16, enable_prefix_caching=False)
+    params = SamplingParams(max_tokens=20, temperature=0.0, seed=1, ignore_eos=True)
+    engine.generate([[1, 2, 3]], params)
+    engine.add_request("x", [1, 2, 3], params)
+    engine.step()
+    runner: PretendedRunner = engine.runner  # type: ignore[assignment]
+    runner._cache[6, 9] = 1
+    engine.step()
+    assert engine._flying is not None
+    with pytest.raises(AssertionError, match=r"free pages \[6\] have been written"):
+        while engine.has_unfinished():
+            engine.step()
 
 
 def test_nothing_is_kept_of_a_request_that_ends_beside_one_with_log_probabilities() -> None:

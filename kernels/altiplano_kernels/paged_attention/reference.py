@@ -21,6 +21,10 @@ def decode(query: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lengt
     batch, heads, dim = query.shape
     keys, values = _gather(cache, tables)
     mask = torch.arange(keys.shape[2], device=query.device)[None, :] < lengths[:, None]
+    # What lies behind may be anything, and zero times NaN is NaN.
+    row, position = (~mask).nonzero(as_tuple=True)
+    for gathered in (keys, values):
+        gathered[row, :, position] = 0
     out = F.scaled_dot_product_attention(query[:, :, None, :], keys, values, attn_mask=mask[:, None, None, :], enable_gqa=True)
     return out.view(batch, heads, dim)
 

@@ -37,7 +37,7 @@ class EngineConfig:
     speculative_quantization: str = "none"  # of its weights, as `quantization`
     deterministic: bool = False  # a request's tokens and log-probabilities do not depend, to the bit, on who else runs
     seed: int = 0
-    debug: bool = False
+    debug: bool = False  # check after steps who holds which page, and that nobody writes into free ones; slow
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_blocks"):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from altiplano.engine.canary import Canary
 from altiplano.engine.checks import (
     check_awake,
     check_idle,
@@ -25,7 +26,7 @@ from altiplano.engine.params import SamplingParams
 from altiplano.engine.plan import Chunk, StepPlan
 from altiplano.engine.radix import RadixIndex
 from altiplano.engine.request import Request
-from altiplano.engine.runner import Drawn, Preparer, Runner, Sleeper
+from altiplano.engine.runner import Drawn, Preparer, Runner, Sleeper, Stamper
 from altiplano.engine.scheduler import Scheduler
 from altiplano.engine.step_time import Step, StepTimes
 from altiplano.engine.steps import StepLog
@@ -63,6 +64,7 @@ class Engine:
             prompt_limit=self._prompt_limit if config.itl_target_ms is not None else None,
             clock=clock,
         )
+        self._canary = Canary(self._pool, self.runner) if config.debug and isinstance(self.runner, Stamper) else None
         self._times, self._payoffs = StepTimes(), Payoffs()
         self._asked: tuple[Payoff, bool] | None = None  # who has decided on this step's guesses, and what
         self._requests: dict[str, Request] = {}
@@ -157,7 +159,7 @@ class Engine:
         guesses = self._guessed - before[2]
         self._record(computing, computed, decodes, plan.num_tokens - decodes - guesses, before)
         if self.config.debug:
-            self._scheduler.check()
+            self._check_pages()
         return news
 
     def prepare(self) -> bool:
@@ -231,6 +233,8 @@ class Engine:
         if self._radix is not None:
             for namespace in self._radix.namespaces():
                 self._radix.drop(namespace)
+        if self._canary is not None:
+            self._canary.forget()
         for sleeper in self._sleepers():
             sleeper.sleep(level)
         self.sleep_level = level
@@ -294,6 +298,12 @@ class Engine:
     def _sleepers(self) -> list[Sleeper]:
         parts: list[object] = [self.runner, self._proposer]
         return [part for part in parts if isinstance(part, Sleeper)]
+
+    def _check_pages(self) -> None:
+        """Raise AssertionError when the books of pages are wrong, or one was written that nobody holds. Nothing may be in flight."""
+        self._scheduler.check()
+        if self._canary is not None:
+            self._canary.check()
 
     def _check_awake(self) -> None:
         check_awake(self.sleep_level > 0)

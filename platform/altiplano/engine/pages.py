@@ -13,6 +13,7 @@ class PagePool:
     def __init__(self, num_pages: int) -> None:
         self._free = list(range(num_pages - 1, -1, -1))
         self._count = [0] * num_pages
+        self._taken = [0] * num_pages
         self._indexed = bytearray(num_pages)
         self._num_evictable = 0
 
@@ -36,6 +37,7 @@ class PagePool:
         pages = [self._free.pop() for _ in range(n)]
         for page in pages:
             self._count[page] = 1
+            self._taken[page] += 1
         return pages
 
     def hold(self, pages: Iterable[int]) -> None:
@@ -70,6 +72,14 @@ class PagePool:
 
     def holders(self, page: int) -> int:
         return self._count[page]
+
+    def free_pages(self, most: int) -> list[int]:
+        """Free pages, up to `most`: those that would be taken next."""
+        return self._free[: -most - 1 : -1]
+
+    def times_taken(self, page: int) -> int:
+        """How often a page has been taken since the start: unchanged as long as a free page is free."""
+        return self._taken[page]
 
     def check(self) -> None:
         """Raise AssertionError unless every page is either free once or held."""

@@ -1,5 +1,6 @@
 """What a backend does for the engine: turn a plan into tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -44,6 +45,19 @@ class Preparer(Protocol):
 
     def prepare(self) -> bool:
         """Do a piece of it, a short one. Returns whether it did: False while nothing is left. What fails is left to the step."""
+        ...
+
+
+@runtime_checkable
+class Stamper(Protocol):
+    """Who can watch pages of its cache for `Canary`. Asked only while nothing is being computed."""
+
+    def stamp(self, pages: Sequence[int]) -> None:
+        """Fill free pages with a pattern that no step writes."""
+        ...
+
+    def written(self, pages: Sequence[int]) -> list[int]:
+        """Those of the stamped `pages` that do not carry the pattern any more, ascending. Waits for what was launched."""
         ...
 
 

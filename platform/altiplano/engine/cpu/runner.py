@@ -1,10 +1,12 @@
 """The CPU runner: plan to flat batch, forward, draw."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from altiplano.engine import stamps
 from altiplano.engine.adapters import Adapter, load_adapter
 from altiplano.engine.checks import check_room
 from altiplano.engine.config import EngineConfig, read_config
@@ -57,6 +59,12 @@ class CpuRunner:
         weights = self._kept if self._kept is not None else self._load()
         self._llama = Llama(self._model_config, weights, self._make_cache())
         self._asleep, self._kept = False, None
+
+    def stamp(self, pages: Sequence[int]) -> None:
+        stamps.stamp([self._llama.cache], pages)
+
+    def written(self, pages: Sequence[int]) -> list[int]:
+        return stamps.written([self._llama.cache], pages)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> list[Drawn]:

@@ -97,7 +97,7 @@ class OverlappedEngine(Engine):
         news += self._land(launched)
         self._seconds += self._clock() - started
         if self.config.debug and self._flying is None:
-            self._scheduler.check()
+            self._check_pages()
         return news
 
     def load_adapter(self, name: str, directory: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from altiplano.engine import stamps
 from altiplano.engine.adapters import load_adapter
 from altiplano.engine.checks import check_room
 from altiplano.engine.config import EngineConfig, read_config
@@ -155,6 +156,13 @@ class CudaRunner:
         finally:
             torch.cuda.empty_cache()
         self._asleep = None
+
+    def stamp(self, pages: Sequence[int]) -> None:
+        """A draft model's pages are left alone: what it has computed may be taken up again."""
+        stamps.stamp(self._models[0].caches, pages)
+
+    def written(self, pages: Sequence[int]) -> list[int]:
+        return stamps.written(self._models[0].caches, pages)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> list[Drawn]:
