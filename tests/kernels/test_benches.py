@@ -1,7 +1,6 @@
 """Every kernel has a bench whose inputs fit it: at the shapes of Llama without numbers, and launched at small ones where that needs no GPU."""
 
 import ctypes
-import importlib.util
 import json
 import os
 import re
@@ -24,31 +23,18 @@ from altiplano_kernels.few_rows import kernel as few  # noqa: E402
 from altiplano_kernels.tile_linear import kernel as tiles  # noqa: E402
 
 from .interpreted import KERNELS, patch_kernels  # noqa: E402
+from .programs import imported  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 PROGRAM, FOLDERS = ROOT / "benchmarks/engine/kernels.py", ROOT / "kernels/altiplano_kernels"
 CUDA_SOURCES = ["few_rows", "cluster_attention", "tile_linear"]
 
 
-def load(name: str) -> Any:
-    """A program of the folder, which is on the path for the while that it is imported."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(PROGRAM.parent))
-        spec = importlib.util.spec_from_file_location(f"{name}_program", PROGRAM.with_stem(name))
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def program() -> Iterator[Any]:
-    """benchmarks/engine/kernels.py, by another name: `kernels` would pass for the package of that name, which transformers looks for."""
-    before = set(sys.modules)
-    yield load("kernels")
-    for name in set(sys.modules) - before:
-        if name.partition(".")[0] == "kernel_benches":
-            del sys.modules[name]
+    """benchmarks/engine/kernels.py."""
+    with imported("kernels") as [found]:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -201,10 +187,15 @@ def test_a_case_that_fails_costs_only_itself(
     assert rows[0]["percent"] == pytest.approx(100 * rows[0]["bytes"] / 4.22e12 / 3e-6, abs=0.01) and rows[0]["limit"] == "bytes"
 
 
+@pytest.fixture(scope="module")
+def tuning(program: Any) -> Iterator[Any]:
+    with imported("tune_kernels") as [found]:
+        yield found
+
+
 @pytest.mark.parametrize("name", ["decode", "prefill", "w8a8"])
-def test_what_is_tried_are_ways_to_launch_the_same_case(program: Any, small: Any, name: str) -> None:
+def test_what_is_tried_are_ways_to_launch_the_same_case(tuning: Any, small: Any, name: str) -> None:
     """Each can be prepared; the first and the kernel's own are launched, where that needs no GPU."""
-    tuning = load("tune_kernels")
     for case, own, others, chosen in tuning.TASKS[name](small, 3):
         choices = [tuple(own), *map(tuple, others)]
         assert len(set(choices)) > 2 and chosen(own).shape == case.shape

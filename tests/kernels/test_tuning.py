@@ -1,10 +1,7 @@
 """The programs that tune whole steps, without a GPU: what they refuse, and where their steps begin and end."""
 
-import importlib.util
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,25 +16,13 @@ from altiplano.engine import EngineConfig
 from altiplano.engine.cuda.slots import SlotTable
 from altiplano_kernels.sampling.kernel import RING
 
-FOLDER = Path(__file__).parents[2] / "benchmarks/engine"
+from .programs import FOLDER, imported
 
 
 @pytest.fixture(scope="module")
 def programs() -> Iterator[Any]:
-    """Both, and no trace of what they import from their folder."""
-    before, found = set(sys.modules), SimpleNamespace()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        for name in ("tune_attention", "tune_few_rows"):
-            spec = importlib.util.spec_from_file_location(f"{name}_program", FOLDER / f"{name}.py")
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            setattr(found, name, module)
-    yield found
-    for name in set(sys.modules) - before:
-        if name in {path.stem for path in FOLDER.glob("*.py")}:
-            del sys.modules[name]
+    with imported("tune_attention", "tune_few_rows") as [attention, few]:
+        yield SimpleNamespace(tune_attention=attention, tune_few_rows=few)
 
 
 @pytest.mark.parametrize(
