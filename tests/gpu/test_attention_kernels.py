@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 from altiplano_kernels.embed_norm.kernel import add_norm, embed_rows
 from altiplano_kernels.kv_write.kernel import rope_and_write
-from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, choose_splits, choose_tiling, decode
+from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, choose_splits, decode
 from altiplano_kernels.prefill_attention.kernel import list_tiles, prefill_triton
 from altiplano_kernels.rms_norm.reference import rms_norm
 from altiplano_kernels.rope.reference import cos_sin as tables_of
@@ -22,6 +22,8 @@ from altiplano_kernels.sampling.reference import gumbel
 from altiplano_kernels.swiglu.kernel import swiglu
 from altiplano_kernels.swiglu.reference import swiglu as swiglu_reference
 from altiplano_kernels.w8a8.reference import LARGEST
+
+from ..kernels.paged import chosen_for_many_rows
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -33,14 +35,7 @@ PAGE = 32
 PRODUCTS = torch.bfloat16 if GPU else torch.float32  # the interpreter has no bf16 product
 SHAPES = [(32, 8, 64), (24, 8, 128), (4, 2, 32)] if GPU else [(6, 2, 32)]
 CACHES = [torch.bfloat16, torch.int8, torch.float8_e4m3fn] if GPU else [torch.bfloat16, torch.int8]
-# Splits, tile, stages and warps that the engine chooses for steps of many rows of both models.
-CHOSEN = sorted(
-    {
-        (shape if GPU else SHAPES[0], choose_splits(rows, *shape[1:]), choose_tiling(rows, *shape[1:]))
-        for shape in ((32, 8, 64), (24, 8, 128))
-        for rows in (24, 64, 192, 256, 512)
-    }
-)
+CHOSEN = sorted({(shape if GPU else SHAPES[0], splits, tiling) for shape, splits, tiling in chosen_for_many_rows()})
 
 
 class Paged:

@@ -24,6 +24,17 @@ class Sizes:
         return self.kv_heads * self.group
 
 
+def chosen_for_many_rows() -> set[tuple[tuple[int, int, int], int, tuple[int, int, int]]]:
+    """Heads, KV heads and their size; splits; tile, stages and warps: what decode attention takes for steps of many rows of both models."""
+    from altiplano_kernels.paged_attention.kernel import choose_splits, choose_tiling
+
+    return {
+        (shape, choose_splits(rows, *shape[1:]), choose_tiling(rows, *shape[1:]))
+        for shape in ((32, 8, 64), (24, 8, 128))
+        for rows in (24, 64, 192, 256, 512)
+    }
+
+
 def random_sizes(dice: random.Random) -> Sizes:
     return Sizes(dice.randint(1, 3), dice.choice((1, 2, 3, 4, 8)), dice.choice((16, 32, 64)), dice.choice((16, 32)))
 

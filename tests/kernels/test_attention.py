@@ -11,20 +11,25 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
-from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, choose_splits, choose_tiling, decode  # noqa: E402
+from altiplano_kernels.paged_attention.kernel import DecodeWorkspace, decode  # noqa: E402
 from altiplano_kernels.prefill_attention.kernel import list_tiles, prefill_triton  # noqa: E402
 
 from .interpreted import patch_rounding  # noqa: E402
-from .paged import BOUND, KINDS, QUERY, LastRows, Pages, Sizes, random_lengths, random_sizes, wider  # noqa: E402
-
-# Heads of a group, their size, splits, and tile, stages and warps, as they are chosen for steps of many rows of both models.
-CHOSEN = sorted(
-    {
-        (group, dim, choose_splits(rows, 8, dim), choose_tiling(rows, 8, dim))
-        for group, dim in ((4, 64), (3, 128))
-        for rows in (24, 64, 192, 256, 512)
-    }
+from .paged import (  # noqa: E402
+    BOUND,
+    KINDS,
+    QUERY,
+    LastRows,
+    Pages,
+    Sizes,
+    chosen_for_many_rows,
+    random_lengths,
+    random_sizes,
+    wider,
 )
+
+# Heads of a group, their size, splits, and tile, stages and warps.
+CHOSEN = sorted((heads // kv_heads, dim, splits, tiling) for (heads, kv_heads, dim), splits, tiling in chosen_for_many_rows())
 
 
 @pytest.fixture(autouse=True)
