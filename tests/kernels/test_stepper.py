@@ -76,21 +76,31 @@ def test_a_greedy_row_takes_the_largest_sum_with_and_without_a_filtered_row_besi
     assert torch.equal(slots.tokens[: rows - 1].long(), sums.argmax(-1)[:-1])
 
 
-def test_only_steps_of_few_rows_without_adapters_are_for_the_kernels_for_few_rows(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from altiplano.engine.config import read_config
-    from altiplano.engine.cuda.adapter_pool import AdapterPool
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each step that went to the kernels for few rows, which take any model."""
     from altiplano.engine.cuda.few_rows import FewRows
+
+    found = list[int]()
+    monkeypatch.setattr(FewRows, "supports", staticmethod(lambda *_: True))
+    monkeypatch.setattr(FewRows, "step", lambda self, rows, fresh: found.append(len(rows)))
+    return found
+
+
+def make(model: Path) -> Any:
     from altiplano.engine.cuda.runner import CudaRunner
 
-    taken = list[int]()
-    monkeypatch.setattr(FewRows, "supports", staticmethod(lambda *_: True))
-    monkeypatch.setattr(FewRows, "step", lambda self, rows, fresh: taken.append(len(rows)))
     config = EngineConfig(
         model, device="cuda", dtype="bfloat16", load_format="dummy", max_model_len=96, max_num_seqs=32, num_blocks=48
     )
-    runner, pool = CudaRunner(config, device="cpu"), AdapterPool(read_config(model), 2, 16, 32, "cpu")
+    return CudaRunner(config, device="cpu")
+
+
+def test_only_steps_of_few_rows_without_adapters_are_for_the_kernels_for_few_rows(model: Path, taken: list[int]) -> None:
+    from altiplano.engine.config import read_config
+    from altiplano.engine.cuda.adapter_pool import AdapterPool
+
+    runner, pool = make(model), AdapterPool(read_config(model), 2, 16, 32, "cpu")
     rows = torch.full((17,), runner.slots.scratch, dtype=torch.int32)
     with torch.inference_mode():
         runner.stepper.step(rows[:16])
@@ -100,21 +110,13 @@ def test_only_steps_of_few_rows_without_adapters_are_for_the_kernels_for_few_row
     assert taken == [16]
 
 
-def test_a_wide_model_has_fewer_rows_there(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wide_model_has_fewer_rows_there(model: Path, taken: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each block has all normed rows in shared memory."""
-    from altiplano.engine.cuda.few_rows import FewRows
-    from altiplano.engine.cuda.runner import CudaRunner
     from altiplano_kernels.few_rows import kernel as few
 
     assert [few.most_rows(hidden) for hidden in (2048, 3072, 6176, 8192, 16384, 1 << 20)] == [16, 16, 16, 12, 6, 0]
-    taken = list[int]()
-    monkeypatch.setattr(FewRows, "supports", staticmethod(lambda *_: True))
-    monkeypatch.setattr(FewRows, "step", lambda self, rows, fresh: taken.append(len(rows)))
     monkeypatch.setattr(few, "most_rows", lambda hidden: 12)
-    config = EngineConfig(
-        model, device="cuda", dtype="bfloat16", load_format="dummy", max_model_len=96, max_num_seqs=32, num_blocks=48
-    )
-    runner = CudaRunner(config, device="cpu")
+    runner = make(model)
     rows = torch.full((16,), runner.slots.scratch, dtype=torch.int32)
     with torch.inference_mode():
         for count in (8, 12, 16):
