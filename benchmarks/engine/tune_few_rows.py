@@ -89,8 +89,9 @@ class Tuner:
             return Nothing()
 
         with patch.object(few, "build", note):
-            for name, (mode, _, k, bits) in self.products.items():
-                for plan in candidates(mode, k, rows, bits) if name in names else ():
+            for name in dict.fromkeys(names):
+                mode, _, k, bits = self.products[name]
+                for plan in candidates(mode, k, rows, bits):
                     self.steps.plans = {name: plan}
                     self.steps.step(self.place(rows))
         self.steps.plans = {}
