@@ -21,7 +21,7 @@ from definitions import SHAPES
 from workloads import model_directory
 
 from altiplano.engine import EngineConfig
-from altiplano.engine.cuda.quantized import BITS
+from altiplano.engine.cuda.quantized import BITS, HEAD_BITS
 from altiplano.engine.cuda.runner import CudaRunner
 from altiplano_kernels import cuda_program
 from altiplano_kernels.few_rows import kernel as few
@@ -70,7 +70,7 @@ class Tuner:
         sizes = (
             (SWIGLU, 2 * shape.intermediate_size, hidden, bits),
             (RESIDUAL, hidden, heads, bits),
-            (DRAW, shape.vocab_size, hidden, 16 if bits == 16 else 8),
+            (DRAW, shape.vocab_size, hidden, HEAD_BITS.get(bits, 16)),
             (RESIDUAL, hidden, shape.intermediate_size, bits),
             (QKV, heads + 2 * shape.num_key_value_heads * shape.head_dim, hidden, bits),
         )

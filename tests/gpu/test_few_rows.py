@@ -105,7 +105,7 @@ def test_tiles_taken_in_turns_are_those_of_equal_shares(blocks: int) -> None:
     assert int(turn) == 0
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 6, 4])
 @pytest.mark.parametrize("k", [512, 2048, 3072, 8192])
 @pytest.mark.parametrize("rows", [1, 8, 16])
 def test_quantized_products(rows: int, k: int, bits: int) -> None:
@@ -114,7 +114,7 @@ def test_quantized_products(rows: int, k: int, bits: int) -> None:
     w, gate_up = bf16(112, k, spread=0.05), bf16(2 * 88, k, spread=0.05)
     codes, scales = quantize(w, bits)
     exact = dequantize(codes, scales).double()
-    assert error(exact, w) < {8: 8e-3, 4: 0.11}[bits]
+    assert error(exact, w) < {8: 8e-3, 6: 0.03, 4: 0.11}[bits]
     packed = pack(codes, scales, bits)
     assert error(few.unpack(packed, torch.empty(112 * k + 5, dtype=torch.bfloat16, device="cuda")), exact) < 3e-3
     wanted = residual.double() + reference.linear(x, exact)
@@ -137,7 +137,7 @@ def test_random_shapes_write_their_own_outputs_and_nothing_else(seed: int) -> No
     """Rows in and out are parts of something wider, which is poison."""
     dice = random.Random(seed)
     torch.manual_seed(seed)
-    bits = (16, 8, 4, 16)[seed % 4]
+    bits = (16, 8, 4, 6)[seed % 4]
     k = 4 * few.CHUNK[bits] * dice.choice((dice.randint(1, 12), 3))
     rows, n = dice.randint(1, 16), 16 * dice.randint(1, 40)
 

@@ -155,7 +155,7 @@ def test_quantized_weights_answer_as_their_own_unpacked_weights(checkpoint: Path
         scored = engine.score([prompt + answer.token_ids])[0][len(prompt) - 1 :]
         params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=1)
         best = [engine.generate([prompt + answer.token_ids[:n]], params)[0].logprobs[0] for n in (0, 11, 23)]
-        # The head has 8 bits in small batches: near-equals may swap.
+        # The head has 8 or 6 bits in small batches: near-equals may swap.
         for n, top in zip((0, 11, 23), best, strict=True):
             assert top - scored[n] < 0.3, (n, top, scored[n])
 

@@ -65,7 +65,7 @@ def launched(mode: int, n: int, k: int, rows: int, bits: int, plan: Plan) -> Lau
     x, gamma, step = empty(rows, k), empty(k), few.Step(k, heads * dim, 8192, dim, MOST_BLOCKS, "meta")
     w: few.Weight = empty(n, k)
     if bits < 16:
-        codes = empty(n // 16, k // GROUP, 32, 16 * bits, dtype=torch.uint8)
+        codes = empty(n // 16, k // GROUP, 32, 8 * bits, dtype=torch.uint8)
         w = Packed(codes, empty(n // 16, k // GROUP, 8, 2, dtype=torch.float16), bits, (n, k))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(few, "build", build)
@@ -129,7 +129,7 @@ def test_what_was_tuned_can_be_launched(key: tuple[int, int, int, int]) -> None:
             assert not faults(kind, n, k, rows, bits, plan), (rows, plan)
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 6, 4])
 @pytest.mark.parametrize("product", HEADS, ids=str)
 def test_plans_of_both_models_can_be_launched_whatever_the_rows(product: tuple[int, int, int], bits: int) -> None:
     """PLAIN: queries, keys and values that an 8-bit cache takes from elsewhere."""

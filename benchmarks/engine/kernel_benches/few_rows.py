@@ -10,16 +10,17 @@ from altiplano_kernels.few_rows.quantized import GROUP, Packed, pack
 from kernel_benches.case import PAGE, Case, Launch, Model, bf16, copies, each, product_bytes, rows_of
 
 EPS, BLOCKS = 1e-5, 1056  # blocks of the kernel that draws, at most
-NAMES = {16: "bf16", 8: "int8", 4: "int4"}
+NAMES = {16: "bf16", 8: "int8", 6: "int6", 4: "int4"}
 Multiply = Callable[[few.Weight], object]
 
 
 def few_rows(model: Model) -> Iterator[Case]:
     for rows in (1, few.MOST_ROWS):
         yield begin_case(model, rows)
-    # Of 4-bit models the head has 8 bits.
     layer = ("qkv", "o", "gate_up", "down")
-    for bits, counts, names in ((16, (1, 8, 16), (*layer, "head")), (8, (1,), (*layer, "head")), (4, (1, 8), layer)):
+    whole = (*layer, "head")
+    # Of 4-bit models the head has 6 bits.
+    for bits, counts, names in ((16, (1, 8, 16), whole), (8, (1,), whole), (4, (1, 8), layer), (6, (1, 8), ("head",))):
         for name in names:
             for rows in counts:
                 yield product_case(model, name, rows, bits)

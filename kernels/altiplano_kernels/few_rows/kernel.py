@@ -13,7 +13,7 @@ MOST_ROWS = 16
 PLAIN, RESIDUAL, QKV, SWIGLU, DRAW, LOGITS = range(6)
 # Bytes that a block may have, less its static variables: 33 KiB at 16 warps and more than eight rows, else less.
 SHARED = (227 - 33) * 1024
-CHUNK = {16: 64, 8: 128, 4: 128}  # k of one warp's turn, by bits of a weight
+CHUNK = {16: 64, 8: 128, 6: 128, 4: 128}  # k of one warp's turn, by bits of a weight
 Weight = torch.Tensor | Packed
 _Begin = struct(
     "Begin", "slots", "tokens", "positions_of", "tables", "embedding", "cos_sin", "residual", "positions", "lines", "rope",
@@ -101,7 +101,7 @@ def choose_plan(mode: int, n: int, k: int, rows: int, bits: int = 16) -> Plan:
     """The plan that was measured to be best for `rows` of x and w: [n, k], or one that divides k.
 
     Raises:
-        ValueError: k is a multiple of neither 256 nor 384 (512 nor 768 with 8 or 4 bits).
+        ValueError: k is a multiple of neither 256 nor 384 (512 nor 768 with fewer bits).
     """
     mode = DRAW if mode == LOGITS else mode  # whose sums they have, to the bit
     if (mode, n, k, bits) in TUNED and rows <= 8:

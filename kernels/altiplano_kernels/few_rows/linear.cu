@@ -7,7 +7,7 @@
 // their sums meet in shared memory. DEPTH chunks per warp are always on their way: the first ones are asked for before the wait for
 // the kernel before (programmatic dependent launch), because weights do not depend on it.
 //
-// With BITS 8 or 4 the weights are codes in the order in which lanes want them (see quantized.py), with one float16 scale per row and
+// With BITS 8, 6 or 4 the weights are codes in the order in which lanes want them (see quantized.py), with one float16 scale per row and
 // 128 k: codes become bf16 without loss on their way to the tensor cores, and the scale meets the float32 sum of its group.
 //
 // Blocks that walk over many tiles take them in TURNS: where the kernel before has not ended everywhere, some processors get more blocks
@@ -24,7 +24,7 @@ typedef unsigned long long u64;
 #define SWIGLU 3
 #define DRAW 4
 #define LOGITS 5
-constexpr int CHUNK = BITS == 16 ? 64 : 128, QUARTERS = CHUNK / 32, LOADS = BITS == 4 ? 2 : 4;
+constexpr int CHUNK = BITS == 16 ? 64 : 128, QUARTERS = CHUNK / 32, LOADS = BITS == 16 ? 4 : BITS / 2;
 constexpr int THREADS = WARPS * 32, STEPS = K / (WARPS * CHUNK), COLS = 8 * NT, VECS = K / 8;
 constexpr int XPAD = K + 32;  // the lanes of a quarter warp read two rows: 64 bytes apart they meet in no bank
 static_assert(K % (WARPS * CHUNK * DEPTH) == 0, "the chunks must divide K");
@@ -137,6 +137,15 @@ __device__ __forceinline__ void expand4(u32 codes, u32 (&pairs)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; i++) pairs[i] = subtract_bf16((codes >> (4 * i)) & 0x000f000fu | 0x43004300u, 0x43084308u);
 }
+// The same from 6-bit codes, stored as value + 32: `codes` has their low bits as `expand4` has them, and the two high bits of code i of a
+// pair lie i * 2 bits up in each half of `high`.
+__device__ __forceinline__ void expand6(u32 codes, u32 high, u32 (&pairs)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const u32 up = i < 2 ? high << (4 - 2 * i) : high >> (2 * i - 4);
+    pairs[i] = subtract_bf16((codes >> (4 * i)) & 0x000f000fu | up & 0x00300030u | 0x43004300u, 0x43204320u);
+  }
+}
 // Two pairs of bf16 from four bytes, stored as value + 128. 0x4b000000 is 2^23, whose last bit counts 1.
 __device__ __forceinline__ void expand8(u32 codes, u32 (&pairs)[2]) {
   float f[4];
@@ -159,6 +168,10 @@ __device__ __forceinline__ void expand(const Fragment& f, int quarter, u32 (&nea
     expand8(f.v[quarter].v[2 + i], two);
     far[2 * i] = two[0], far[2 * i + 1] = two[1];
   }
+#elif BITS == 6
+  const Vec& two = f.v[quarter / 2];
+  expand6(two.v[quarter % 2 * 2], f.v[2].v[quarter], near);
+  expand6(two.v[quarter % 2 * 2 + 1], f.v[2].v[quarter] >> 8, far);
 #else
   expand4(f.v[quarter / 2].v[quarter % 2 * 2], near);
   expand4(f.v[quarter / 2].v[quarter % 2 * 2 + 1], far);

@@ -1,16 +1,16 @@
-"""Weights as 8-bit or 4-bit codes with one float16 scale per row and 128 inputs, in the order in which linear.cu reads them."""
+"""Weights as codes of 8, 6 or 4 bits with one float16 scale per row and 128 inputs, in the order in which linear.cu reads them."""
 
 from dataclasses import dataclass
 
 import torch
 
 GROUP = 128
-LIMITS = {8: (-127, 127), 4: (-8, 7)}
+LIMITS = {8: (-127, 127), 6: (-31, 31), 4: (-8, 7)}
 
 
 @dataclass(frozen=True)
 class Packed:
-    """codes: uint8 [tiles, k / 128, 32 lanes, 16 * bits]; scales: float16 [tiles, k / 128, 8, 2]. Rows of a tile as in `tile_rows`."""
+    """codes: uint8 [tiles, k / 128, 32 lanes, 8 * bits]; scales: float16 [tiles, k / 128, 8, 2]. Rows of a tile as in `tile_rows`."""
 
     codes: torch.Tensor
     scales: torch.Tensor
@@ -58,10 +58,23 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, bits: int, head_dim: int = 1
     if bits == 8:
         packed = (split.to(torch.int16) + 128).to(torch.uint8)
     else:
-        packed = torch.zeros(split.shape[:-1], dtype=torch.int32, device=codes.device)
-        for e in range(8):
-            packed |= (split[..., e].int() + 8) << (4 * (e // 2) + 16 * (e % 2))
-        packed = packed.view(torch.uint8)
+        raised = split + (1 << bits - 1)
+        packed = _words(raised, 0, 4).flatten(-2)
+        if (
+            bits == 6
+        ):  # the high bits of all quarters behind the low ones: near codes in the low byte of each half, far ones above
+            near, far = _words(raised, 4, 2).unbind(-1)
+            packed = torch.cat((packed, near | far << 8), -1)
+        packed = packed.contiguous().view(torch.uint8)
     packed = packed.reshape(len(rows), k // GROUP, 32, 8 * bits).contiguous()
     pairs = scales[rows].view(-1, 2, 8, k // GROUP).permute(0, 3, 2, 1).contiguous()
     return Packed(packed, pairs, bits, (n, k), head_dim, halves)
+
+
+def _words(codes: torch.Tensor, first: int, width: int) -> torch.Tensor:
+    """Some bits of codes, int8 [..., 8], as int32 [...]: those of code e lie e // 2 * width bits up in half e % 2 of a word."""
+    word = torch.zeros(codes.shape[:-1], dtype=torch.int32, device=codes.device)
+    for e in range(8):
+        bits = codes[..., e].int() >> first & (1 << width) - 1
+        word |= bits << (width * (e // 2) + 16 * (e % 2))
+    return word
