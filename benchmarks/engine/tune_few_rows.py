@@ -48,6 +48,10 @@ def candidates(mode: int, k: int, rows: int, bits: int) -> list[Plan]:
                 if blocks * warps > 132 * 48 or 0 < blocks * warps < 132 * 12:
                     continue
                 found += [Plan(warps, depth, blocks, turns) for turns in ((False, True) if blocks else (False,))]
+    if mode == RESIDUAL:
+        found += [plan._replace(staged=True) for plan in found]
+    if not walks and bits < 16:
+        found += [plan._replace(ahead=True) for plan in found if k // (plan.warps * chunk) == plan.depth]
     return found + [plan._replace(room=room) for plan in found for room in (44, 72)]
 
 

@@ -85,6 +85,32 @@ def test_a_block_that_takes_many_tiles() -> None:
         assert error(out, reference.linear(x, w)) < 3e-3
 
 
+@pytest.mark.parametrize("bits", [16, 8, 6, 4])
+@pytest.mark.parametrize("rows", [1, 3, 8, 13])
+def test_rows_in_shared_memory_and_codes_turned_ahead_change_no_sum(rows: int, bits: int) -> None:
+    torch.manual_seed(rows + bits)
+    for k in (2048, 3072):
+        x, gamma, residual = bf16(rows + 1, k + 8)[:rows, :k], 1 + bf16(k, spread=0.2), bf16(rows, 112)
+        weight, w = weights(112, k, bits)
+        plan = few.Plan(4, k // (4 * few.CHUNK[bits]))
+        if bits == 16 or rows > 8:
+            plan = plan._replace(depth=2)
+        wanted = residual.clone()
+        few.add_linear(x, weight, wanted, plan)
+        assert error(wanted, residual.double() + reference.linear(x, w)) < 3e-3
+        changes = [{"staged": True}]
+        if plan.depth > 2:
+            changes += [{"ahead": True}, {"staged": True, "ahead": True}]
+            normed, ahead = (torch.full((rows, 112), float("nan"), dtype=torch.bfloat16, device="cuda") for _ in range(2))
+            few.linear(x, weight, normed, gamma, EPS, plan)
+            few.linear(x, weight, ahead, gamma, EPS, plan._replace(ahead=True))
+            assert torch.equal(ahead, normed)
+        for change in changes:
+            found = residual.clone()
+            few.add_linear(x, weight, found, plan._replace(**change))
+            assert torch.equal(found, wanted), change
+
+
 @pytest.mark.parametrize("blocks", [1, 3, 10, 400])
 def test_tiles_taken_in_turns_are_those_of_equal_shares(blocks: int) -> None:
     """Launch after launch, each a dependent of the one before, with one counter that nobody resets."""

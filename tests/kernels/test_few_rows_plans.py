@@ -96,7 +96,8 @@ def faults_of(launch: Launch) -> list[str]:
     """Why the launch would be refused, or would write where it must not."""
     options = launch.options
     warps, columns = options["WARPS"], 8 * options["NT"]
-    names = {**options, "CHUNK": CHUNK[options["BITS"]], "THREADS": launch.threads}
+    chunk = CHUNK[options["BITS"]]
+    names = {**options, "CHUNK": chunk, "THREADS": launch.threads, "STEPS": options["K"] // (warps * chunk)}
     found = [message for asserted, message in ASSERTS if not holds(asserted, names)]
     # Two buffers of sums, the squares of each row, and two turns.
     static = 4 * (2 * warps * 16 * columns + columns * warps + 2)
@@ -110,11 +111,14 @@ def faults_of(launch: Launch) -> list[str]:
 
 
 def faults(mode: int, n: int, k: int, rows: int, bits: int, plan: Plan) -> list[str]:
-    """Those of the launch, and turns that would be asked for in vain."""
+    """Those of the launch, and what would be asked for in vain."""
     launch = launched(mode, n, k, rows, bits, plan)
     assert (launch.options["WARPS"], launch.options["DEPTH"], launch.options["K"]) == (plan.warps, plan.depth, k)
-    assert launch.shared >= plan.room * 1024 and (not launch.options["NORM"] or launch.shared >= rows * (k + 32) * 2)
-    return faults_of(launch) + ["turns without a norm"] * (plan.turns and not launch.options["TURNS"])
+    shares = launch.options["NORM"] or launch.options["STAGED"]
+    assert launch.shared >= plan.room * 1024 and (not shares or launch.shared >= rows * (k + 32) * 2)
+    vain = {"TURNS": "turns without a norm", "AHEAD": "several tiles ahead"}
+    asked = {"TURNS": plan.turns, "AHEAD": plan.ahead}
+    return faults_of(launch) + [vain[name] for name in vain if asked[name] and not launch.options[name]]
 
 
 @pytest.mark.parametrize("key", TUNED, ids=str)
@@ -153,6 +157,11 @@ def test_plans_of_both_models_can_be_launched_whatever_the_rows(product: tuple[i
         ((RESIDUAL, 2048, 2048, 16), 9, Plan(2, 4), "one thread per pair of sums"),
         ((RESIDUAL, 2048, 2048, 16), 8, Plan(8, 4, turns=True), "turns without a norm"),
         ((RESIDUAL, 2048, 8192, 16), 8, Plan(64, 1), "no such block"),
+        ((RESIDUAL, 2048, 8192, 16), 14, Plan(8, 2, staged=True), "too much shared memory"),
+        ((QKV, 3072, 2048, 4), 1, Plan(8, 2, staged=True), "normed rows are in shared memory anyway"),
+        ((RESIDUAL, 2048, 8192, 4), 1, Plan(8, 4, ahead=True), "only codes that are all on their way can be turned ahead"),
+        ((RESIDUAL, 2048, 2048, 16), 1, Plan(8, 4, ahead=True), "only codes that are all on their way can be turned ahead"),
+        ((SWIGLU, 16384, 2048, 4), 1, Plan(8, 2, 264, ahead=True), "several tiles ahead"),
         ((SWIGLU, 16384, 2048, 16), 1, Plan(8, 4, room=220), "too much shared memory"),
         ((DRAW, 128256, 3072, 16), 2, Plan(12, 2), "no place for what each block draws"),
     ],

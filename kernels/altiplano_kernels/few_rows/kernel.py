@@ -28,7 +28,8 @@ _Linear = struct(
 class Plan(NamedTuple):
     """Warps of a block; chunks per warp on their way; most blocks (0: one per tile); whether blocks take tiles in turns, not equal shares;
     KiB of shared memory that a block takes at least, for what is left to the L1 cache and to other blocks is worth more at some sizes
-    (measured, not understood); whether dependents may start at once."""
+    (measured, not understood); whether dependents may start at once; whether rows that are not normed go through shared memory; whether
+    a block of one tile turns its codes into bf16 before it waits."""
 
     warps: int
     depth: int
@@ -36,6 +37,8 @@ class Plan(NamedTuple):
     turns: bool = False
     room: int = 0
     early: bool = True
+    staged: bool = False
+    ahead: bool = False
 
 
 class Step:
@@ -125,6 +128,7 @@ def steady_plan(mode: int, n: int, k: int, rows: int, bits: int = 16) -> Plan:
     plan = choose_plan(mode, n, k, 8, bits)
     if rows <= 8:
         return plan
+    plan = plan._replace(staged=False, ahead=False)  # which change no sum
     if mode != RESIDUAL:
         return plan
     # Twice the columns: what is on its way must fit into the registers.
@@ -266,12 +270,15 @@ def _launch(
     norm = gamma is not None
     columns = 1 if rows <= 8 else 2
     turns = plan.turns and norm and turn is not None
+    blocks = min(tiles, plan.blocks or tiles)
+    ahead = plan.ahead and blocks == tiles
     options = (
         ("MODE", mode), ("NORM", int(norm)), ("BITS", bits), ("K", k), ("WARPS", plan.warps), ("DEPTH", plan.depth), ("NT", columns),
-        ("EARLY", int(plan.early)), ("TURNS", int(turns)), ("HEAD_DIM", dim), ("HEADS", heads), ("KV_HEADS", kv_heads), ("PAGE", page),
+        ("EARLY", int(plan.early)), ("TURNS", int(turns)), ("STAGED", int(plan.staged)), ("AHEAD", int(ahead)), ("HEAD_DIM", dim),
+        ("HEADS", heads), ("KV_HEADS", kv_heads), ("PAGE", page),
     )  # fmt: skip
     kernel = build(LINEAR, "few_rows_linear", options, x.device.index)
-    shared = max(rows * _row_bytes(k) if norm else 0, plan.room * 1024)
+    shared = max(rows * _row_bytes(k) if norm or plan.staged else 0, plan.room * 1024)
     kernel.allow(shared)
     given = {name: value.data_ptr() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
     if gamma is not None:
@@ -280,7 +287,6 @@ def _launch(
         given["turn"] = turn.data_ptr()
     codes, scales = (w.codes.data_ptr(), w.scales.data_ptr()) if isinstance(w, Packed) else (w.data_ptr(), 0)
     arguments = _Linear(w=codes, scales=scales, x=x.data_ptr(), rows=rows, tiles=tiles, stride_x=x.stride(0), **given)
-    blocks = min(tiles, plan.blocks or tiles)
     kernel.launch((blocks, 1, 1), plan.warps * 32, arguments, shared)
     return blocks
 
@@ -292,7 +298,7 @@ def unpack(w: Packed, out: torch.Tensor) -> torch.Tensor:
     warps = next(warps for warps in (8, 6, 4) if k % (warps * CHUNK[bits]) == 0)
     options = (
         ("MODE", mode), ("NORM", 0), ("BITS", bits), ("K", k), ("WARPS", warps), ("DEPTH", 1), ("NT", 1), ("EARLY", 0), ("TURNS", 0),
-        ("HEAD_DIM", w.head_dim), ("HEADS", 0), ("KV_HEADS", 0), ("PAGE", 1),
+        ("STAGED", 0), ("AHEAD", 0), ("HEAD_DIM", w.head_dim), ("HEADS", 0), ("KV_HEADS", 0), ("PAGE", 1),
     )  # fmt: skip
     found = out.view(-1)[: n * k].view(n, k)
     arguments = _Linear(w=w.codes.data_ptr(), scales=w.scales.data_ptr(), out=found.data_ptr(), limit=n // 2)

@@ -13,7 +13,10 @@
 // Blocks that walk over many tiles take them in TURNS: where the kernel before has not ended everywhere, some processors get more blocks
 // than others, and equal shares would leave them behind.
 //
-// Compiled once per use with: MODE, NORM, BITS, K, WARPS, DEPTH, NT, EARLY, TURNS, HEAD_DIM, HEADS, KV_HEADS, PAGE.
+// STAGED: rows of x that are not normed go through shared memory too, each warp's share by itself, so that all of it is asked for at once
+// and takes no registers. AHEAD: a block of one tile turns its codes into bf16 before the wait.
+//
+// Compiled once per use with: MODE, NORM, BITS, K, WARPS, DEPTH, NT, EARLY, TURNS, STAGED, AHEAD, HEAD_DIM, HEADS, KV_HEADS, PAGE.
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned long long u64;
@@ -28,6 +31,10 @@ constexpr int CHUNK = BITS == 16 ? 64 : 128, QUARTERS = CHUNK / 32, LOADS = BITS
 constexpr int THREADS = WARPS * 32, STEPS = K / (WARPS * CHUNK), COLS = 8 * NT, VECS = K / 8;
 constexpr int XPAD = K + 32;  // the lanes of a quarter warp read two rows: 64 bytes apart they meet in no bank
 static_assert(K % (WARPS * CHUNK * DEPTH) == 0, "the chunks must divide K");
+constexpr bool SHARED = NORM || STAGED;
+constexpr int UNITS = STEPS * CHUNK / 8, UNIT_TURNS = (UNITS + 31) / 32;  // vectors of a row that a warp multiplies
+static_assert(!NORM || !STAGED, "normed rows are in shared memory anyway");
+static_assert(!AHEAD || BITS < 16 && STEPS == DEPTH, "only codes that are all on their way can be turned ahead");
 static_assert(NORM || !TURNS, "the barrier behind the norm shows all warps the block's second tile");
 static_assert(THREADS >= 64 * NT, "one thread per pair of sums");
 
@@ -93,6 +100,9 @@ __device__ __forceinline__ int first_row(int tile) {
   return MODE == SWIGLU ? tile * 8 : tile * 16;
 }
 __device__ __forceinline__ int second_half(const Args& a) { return MODE == QKV ? HEAD_DIM / 2 : MODE == SWIGLU ? a.limit : 8; }
+
+// Where the vector `unit` of those that a warp multiplies lies in its row.
+__device__ __forceinline__ int place(int unit, int warp) { return (unit * 8 / CHUNK * WARPS + warp) * CHUNK + unit * 8 % CHUNK; }
 
 struct Fragment { Vec v[LOADS]; u32 scale; };  // one chunk of rows g and g + 8
 
@@ -207,7 +217,7 @@ __device__ __forceinline__ void store_qkv(const Args& a, int tile, int r, int m,
 __device__ __forceinline__ int take_turn(const Args& a) { return gridDim.x + atomicInc(a.turn, a.tiles - 1); }
 
 extern "C" __global__ void __launch_bounds__(THREADS) few_rows_linear(const Args a) {
-  extern __shared__ u16 xs[];  // NORM: [rows, XPAD], x * gamma in bf16
+  extern __shared__ u16 xs[];  // SHARED: [rows, XPAD], x (* gamma) in bf16
   __shared__ float sums[2][WARPS * 16][COLS];
   __shared__ float squares[COLS][WARPS];
   __shared__ int turns[2];
@@ -227,6 +237,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) few_rows_linear(const Args
     for (int i = 0; i < (VECS + THREADS - 1) / THREADS; i++)
       if (i * THREADS + threadIdx.x < VECS) scale[i] = load_weights(a.gamma + (i * THREADS + threadIdx.x) * 8);
   if (EARLY) let_next_start();
+  u32 ready[AHEAD ? DEPTH : 1][QUARTERS][2][4];
+  if (AHEAD) {
+    u32 all = 0;
+#pragma unroll
+    for (int j = 0; j < DEPTH; j++)
+#pragma unroll
+      for (int h = 0; h < QUARTERS; h++) {
+        expand(ring[j], h, ready[j][h][0], ready[j][h][1]);
+#pragma unroll
+        for (int i = 0; i < 8; i++) all |= ready[j][h][i / 4][i % 4];
+      }
+    // Never true, for the last bit of a code's bf16 is 0; without it the assembler moves the work behind the wait.
+    if (all & 0x00010001u) __trap();
+  }
   wait_for_previous();
   if (!EARLY) let_next_start();
   if (TURNS && threadIdx.x == 0) turns[1] = take_turn(a);
@@ -244,11 +268,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) few_rows_linear(const Args
   }
 
   const u16* rows[NT];  // lane's rows of x in the direct case, places in xs otherwise
-  Vec direct[NORM ? 1 : DEPTH][NT][QUARTERS];
+  Vec direct[SHARED ? 1 : DEPTH][NT][QUARTERS];
 #pragma unroll
   for (int i = 0; i < NT; i++) {
     const int n = min(i * 8 + g, a.rows - 1);
-    rows[i] = (NORM ? xs + n * XPAD : a.x + (size_t)n * a.stride_x) + warp * CHUNK + 8 * t;
+    rows[i] = (SHARED ? xs + n * XPAD : a.x + (size_t)n * a.stride_x) + warp * CHUNK + 8 * t;
   }
   if (NORM) {
     for (int n0 = 0; n0 < a.rows; n0 += 4) {
@@ -284,6 +308,24 @@ extern "C" __global__ void __launch_bounds__(THREADS) few_rows_linear(const Args
       }
     }
     __syncthreads();
+  } else if (STAGED) {
+    for (int n0 = 0; n0 < a.rows; n0 += 4) {
+      Vec got[4][UNIT_TURNS];
+#pragma unroll
+      for (int q = 0; q < 4; q++)
+#pragma unroll
+        for (int i = 0; i < UNIT_TURNS; i++)
+          if (n0 + q < a.rows && i * 32 + lane < UNITS)
+            got[q][i] = load_fresh(a.x + (size_t)(n0 + q) * a.stride_x + place(i * 32 + lane, warp));
+#pragma unroll
+      for (int q = 0; q < 4; q++)
+#pragma unroll
+        for (int i = 0; i < UNIT_TURNS; i++)
+          if (n0 + q < a.rows && i * 32 + lane < UNITS)
+            *(uint4*)(xs + (n0 + q) * XPAD + place(i * 32 + lane, warp)) =
+                make_uint4(got[q][i].v[0], got[q][i].v[1], got[q][i].v[2], got[q][i].v[3]);
+    }
+    __syncwarp();
   } else {
 #pragma unroll
     for (int j = 0; j < DEPTH; j++)
@@ -303,7 +345,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) few_rows_linear(const Args
   float best = __int_as_float(0xff800000);
   int where = 0x7fffffff, parity = 0, following = TURNS ? turns[1] : tile + gridDim.x;
   while (tile < a.tiles) {
-    const bool more = following < a.tiles;
+    const bool more = !AHEAD && following < a.tiles;
     int taken = following;
     if (TURNS && more && threadIdx.x == 0) taken = take_turn(a);
     float c[NT][4] = {};
@@ -327,11 +369,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) few_rows_linear(const Args
 #pragma unroll
         for (int h = 0; h < QUARTERS; h++) {
           u32 p[4], q[4];
-          expand(ring[j], h, p, q);
+          if (AHEAD) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) p[i] = ready[j][h][0][i], q[i] = ready[j][h][1][i];
+          } else {
+            expand(ring[j], h, p, q);
+          }
 #pragma unroll
           for (int i = 0; i < NT; i++) {
             Vec b;
-            if (NORM) {
+            if (SHARED) {
               const uint4 four = *(const uint4*)(rows[i] + (base + j) * WARPS * CHUNK + h * 32);
               b = {four.x, four.y, four.z, four.w};
             } else {
@@ -355,7 +402,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) few_rows_linear(const Args
         if (!last || more) {
           const int next = last ? j : base + DEPTH + j;
           source.fetch(ring[j], next);
-          if (!NORM)
+          if (!SHARED)
 #pragma unroll
             for (int i = 0; i < NT; i++)
 #pragma unroll
