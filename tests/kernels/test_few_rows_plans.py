@@ -172,7 +172,7 @@ def test_a_wrong_plan_is_found(product: tuple[int, int, int, int], rows: int, pl
 
 
 def test_the_kernels_own_assertions_are_read() -> None:
-    assert len(ASSERTS) == few.LINEAR.read_text().count("static_assert") == 3
+    assert len(ASSERTS) == few.LINEAR.read_text().count("static_assert") == 5
     launch = launched(RESIDUAL, 2048, 2048, 1, 16, Plan(8, 4))
     [message] = [message for asserted, message in ASSERTS if "TURNS" in asserted]
     assert faults_of(launch._replace(options={**launch.options, "TURNS": 1})) == [message]
