@@ -130,7 +130,9 @@ def kernels() -> str:
         of_models = models if r["model"] == "any" else [r["model"]]
         found.setdefault((r["kernel"], r["shape"]), {}).update(dict.fromkeys(of_models, r))
     heads = [head for model in models for head in (f"{model}, µs", "of the limit")]
-    lines = [[*key, *(cell for model in models for cell in _kernel_cells(by.get(model)))] for key, by in found.items()]
+    places = list(dict.fromkeys(kernel for kernel, _ in found))
+    together = sorted(found.items(), key=lambda item: places.index(item[0][0]))  # rows that came later join their kernel's
+    lines = [[*key, *(cell for model in models for cell in _kernel_cells(by.get(model)))] for key, by in together]
     return _table(["kernel", "shape", *heads], lines, rows, "Medians", "random numbers; in brackets what the limit is of")
 
 

@@ -41,15 +41,16 @@ SEQUENCES, LENGTH, JUDGED = 32, 512, 64
 AT_ONCE = 8  # sequences of one forward pass
 DECODES = (1, 8, 32)
 PAGE = 32
-# Variants, and the mean KL that no run may exceed: about one and a half times what was measured when each was new.
+# Variants, and the mean KL that no run may exceed, by model: about one and a half times what was measured when each was new. 3B has 28 layers
+# of random weights to spread an error, and so two and a half to five times the KL of 1B.
 MOST_KL = {
-    "bf16": 0.0005,
-    "kv-fp8": 0.008,
-    "kv-int8": 0.0009,
-    "w-int8": 0.003,
-    "w-int4": 0.4,
-    "w8a8-fp8": 0.065,
-    "w8a8-int8": 0.012,
+    "bf16": {"1b": 0.0005, "3b": 0.002},
+    "kv-fp8": {"1b": 0.008, "3b": 0.045},
+    "kv-int8": {"1b": 0.0009, "3b": 0.0045},
+    "w-int8": {"1b": 0.003, "3b": 0.011},
+    "w-int4": {"1b": 0.4, "3b": 0.95},
+    "w8a8-fp8": {"1b": 0.065, "3b": 0.24},
+    "w8a8-int8": {"1b": 0.012, "3b": 0.047},
 }
 VARIANTS = tuple(MOST_KL)
 
@@ -206,9 +207,9 @@ def add(records: Records, variant: str, path: str, errors: Sequence[Errors]) -> 
 def above_bounds(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """What exceeds `MOST_KL` in the worst of its runs, in words."""
     return [
-        f"{record['model']} {record['variant']} {record['workload']}: {record['max']}, and {MOST_KL[record['variant']]} is allowed"
+        f"{record['model']} {record['variant']} {record['workload']}: {record['max']}, and {most} is allowed"
         for record in records
-        if record["workload"].startswith("quality-kl/") and record["max"] > MOST_KL[record["variant"]]
+        if record["workload"].startswith("quality-kl/") and record["max"] > (most := MOST_KL[record["variant"]][record["model"]])
     ]
 
 

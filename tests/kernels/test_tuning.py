@@ -1,4 +1,4 @@
-"""The programs that tune whole steps, without a GPU: what they refuse, and where their steps begin and end."""
+"""The programs that tune and profile whole steps, without a GPU: what they refuse, where their steps begin and end, and whose time is whose."""
 
 import os
 from collections.abc import Iterator
@@ -21,8 +21,8 @@ from .programs import FOLDER, imported
 
 @pytest.fixture(scope="module")
 def programs() -> Iterator[Any]:
-    with imported("tune_attention", "tune_few_rows") as [attention, few]:
-        yield SimpleNamespace(tune_attention=attention, tune_few_rows=few)
+    with imported("tune_attention", "tune_few_rows", "profile_step") as [attention, few, profile]:
+        yield SimpleNamespace(tune_attention=attention, tune_few_rows=few, profile_step=profile)
 
 
 @pytest.mark.parametrize(
@@ -100,3 +100,10 @@ def test_all_steps_begin_at_one_place_and_stay_in_their_own_pages(
     assert (slots.positions[own]).tolist() == contexts, "the last step's token is the last of the context"
     taken = [slots.tables[slot, : -(-context // page)].tolist() for slot, context in enumerate(contexts)]
     assert len({page for pages in taken for page in pages}) == sum(map(len, taken)), "no page has two rows"
+
+
+def test_time_belongs_to_the_kernel_that_the_others_have_left_alone(programs: Any) -> None:
+    spans = [("product", 10.0, 14.0), ("norm", 12.0, 15.0), ("draw", 20.0, 21.0), ("product", 11.0, 19.0)]
+    found = programs.profile_step.shares(spans)
+    assert found == {"product": [4.0, 4.0], "norm": [1.0], "draw": [2.0]}
+    assert sum(map(sum, found.values())) == 21.0 - 10.0, "from the first start to the last end"
