@@ -282,8 +282,9 @@ class Serve(Section):
     )
     quantization: Quantization = Field(
         "none",
-        description="Made while loading, less exact, on a GPU only. int8, int4: weights in groups of 128, for small batches, where reading them "
-        "is what takes time. w8a8-fp8, w8a8-int8: products of 8 bits by 8 bits, for prompts and large batches.",
+        description="Made while loading, less exact, on a GPU only. int8, int4: weights in groups of 128 (the head of int4 has 6 bits), for "
+        "small batches, where reading them is what takes time. w8a8-fp8, w8a8-int8: products of 8 bits by 8 bits, for prompts and large "
+        "batches.",
     )
     num_speculative_tokens: int = Field(
         0,
