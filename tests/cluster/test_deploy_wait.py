@@ -42,13 +42,16 @@ class Serve(ThreadingHTTPServer):
         self.lag, self.status, self.refusal = 0, "RUNNING", ""
         self.token, self.silent, self.now, self.questions, self.interrupted = TOKEN, 0, 0.0, 0, False
         self._config = serve_config(kubernetes.get("rayservices", SERVICE))
+        self._offered = set[str | None]()
 
     def applications(self) -> dict[str, Any]:
         if self.lag == 0:
             self._config = serve_config(self.kubernetes.get("rayservices", SERVICE))
             change = user_config(self.kubernetes.get("rayservices", SERVICE)).get(CHANGE)
-            self.replicas[0].note(change, None)
-            self.replicas[1].note(change, self.refusal or None)
+            if change not in self._offered:  # a replica looks at a change once
+                self._offered.add(change)
+                self.replicas[0].note(change, None)
+                self.replicas[1].note(change, self.refusal or None)
         self.lag = max(0, self.lag - 1)
         (application,) = self._config["applications"]
         deployment = {"message": "the engine does not start", "replicas": [{"state": "RUNNING"}] * 2}
@@ -147,6 +150,22 @@ def test_repeating_a_refused_change_does_not_make_it_right(serve: Serve, deploye
     again = deployed("--wait")
     assert again.code == 4 and "already like this" in again.err and "orders-3 has no manifest" in again.err
     assert "deploy another --version" in again.err
+
+
+def test_a_refused_change_is_offered_again_and_taken_once_what_it_lacked_is_there(
+    installed: FullCluster, serve: Serve, deployed: Callable[..., Ran]
+) -> None:
+    serve.refusal = "/workspace/adapters/orders-3 has no manifest"
+    assert deployed("--wait").code == 4
+    refused = user_config(installed.get("rayservices", SERVICE))
+    serve.refusal = ""
+    asked = serve.questions
+    assert deployed("--wait", "--dry-run").code == 0 and serve.questions == asked
+    again = deployed("--wait")
+    assert again.code == 0 and "applied; every replica has taken it" in again.out, again.err
+    assert "when it was applied, a replica does not take this" in again.err and "deploy another --version" not in again.err
+    taken = user_config(installed.get("rayservices", SERVICE))
+    assert taken.pop(CHANGE) != refused.pop(CHANGE) and taken == refused
 
 
 def test_what_was_applied_without_a_name_cannot_be_confirmed(

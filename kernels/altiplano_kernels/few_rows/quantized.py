@@ -60,9 +60,8 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, bits: int, head_dim: int = 1
     else:
         raised = split + (1 << bits - 1)
         packed = _words(raised, 0, 4).flatten(-2)
-        if (
-            bits == 6
-        ):  # the high bits of all quarters behind the low ones: near codes in the low byte of each half, far ones above
+        if bits == 6:
+            # The high bits of all quarters come behind the low ones: those of near codes in the low byte of each half, of far ones above.
             near, far = _words(raised, 4, 2).unbind(-1)
             packed = torch.cat((packed, near | far << 8), -1)
         packed = packed.contiguous().view(torch.uint8)

@@ -65,7 +65,7 @@ def deploy(
     from altiplano.cluster.diff import plan
     from altiplano.cluster.kube import RAY_SERVICE
     from altiplano.cluster.rayservice import patch_of, user_config, with_user_config
-    from altiplano.serve.control import named
+    from altiplano.serve.control import RefusedConfigError, named
 
     timeout_s = seconds_of("--timeout", timeout)
     pipeline = load(file, overrides).pipeline
@@ -83,13 +83,23 @@ def deploy(
     else:
         err.print(f"{name} version {wanted['version']} on {service['metadata']['name']}", markup=False)
         show(plans)
+    question, refused = "Apply this?", None
     if not plans:
         hint("the endpoint is already like this")
+        if not wait or dry_run:
+            return
         # Applied is not taken: whoever applied it may have been told of a replica that refuses.
-        if wait and not dry_run and _taken_before(found, service, timeout_s) and output is Output.text:
-            out.print("every replica has taken it", markup=False)
-        return
-    if not agreed("Apply this?", dry_run=dry_run, yes=yes):
+        try:
+            if _taken_before(found, service, timeout_s) and output is Output.text:
+                out.print("every replica has taken it", markup=False)
+            return
+        except RefusedConfigError as error:
+            # What it lacked may be there now, and replicas look at a change once: it gets another name.
+            hint(f"when it was applied, {error}")
+            question, refused = "Offer it to the replicas again?", error
+    if not agreed(question, dry_run=dry_run, yes=yes):
+        if refused:
+            raise refused
         return
     _in_cluster(found, [*words[:3], "--version", str(wanted["version"])], tracking_uri)
     # KubeRay tells that it has seen a change before Ray Serve has it, so each change gets a name by which it is found there.
@@ -107,12 +117,16 @@ def deploy(
 
 
 def _taken_before(found: "Release", service: "Object", timeout_s: float) -> bool:
-    """Wait for what was applied earlier, with the errors of `_confirm`; False: it has no name, and nobody was asked."""
+    """Wait for what was applied earlier, with the errors of `_confirm`; False: it has no name, and nobody was asked.
+
+    Raises:
+        RefusedConfigError: a replica has refused it.
+    """
     from altiplano.cluster.rayservice import user_config
-    from altiplano.serve.control import CHANGE
+    from altiplano.serve.control import CHANGE, RefusedConfigError
 
     if CHANGE in user_config(service):
-        _confirm(found, service, timeout_s)
+        _confirm(found, service, timeout_s, quiet=RefusedConfigError)
         return True
     hint(
         "it was not applied by this command, so it has no name by which replicas could be asked, and it cannot be confirmed that they have "
@@ -121,8 +135,8 @@ def _taken_before(found: "Release", service: "Object", timeout_s: float) -> bool
     return False
 
 
-def _confirm(found: "Release", applied: "Object", timeout_s: float) -> None:
-    """Return when every replica has taken what a RayService says, by the name of its change.
+def _confirm(found: "Release", applied: "Object", timeout_s: float, quiet: type[Exception] | tuple[()] = ()) -> None:
+    """Return when every replica has taken what a RayService says, by the name of its change. No hint comes with an error of type `quiet`.
 
     Raises:
         ControlError: one does not take it, the endpoint does not come up with it, or not in time. It stays applied.
@@ -140,7 +154,8 @@ def _confirm(found: "Release", applied: "Object", timeout_s: float) -> None:
         with control_of(found, applied) as control:
             control.confirm(user_config(applied)[CHANGE], timeout_s)
     except (ControlError, ClusterUnreachableError, NotInstalledError, RefusedError, KeyboardInterrupt) as error:
-        hint("it is applied, and KubeRay goes on with it; deploy another --version to take it back")
+        if not isinstance(error, quiet):
+            hint("it is applied, and KubeRay goes on with it; deploy another --version to take it back")
         if isinstance(error, KeyboardInterrupt):
             raise typer.Exit(130) from None
         raise
