@@ -49,5 +49,10 @@ def test_the_floor_counts_weights_keys_and_values(roofline: Any) -> None:
     layers = roofline.SHAPES["1b"].layer_weights
     assert roofline.point(record | {"variant": "w8a8-fp8"}).bytes == pytest.approx(step.bytes - layers, rel=1e-9)
     assert roofline.point(record | {"variant": "w8a8-fp8", "workload": "W4"}) is None
+    # With 4 bits the head has 6; each 128 of both share a scale of two bytes.
+    head = roofline.SHAPES["1b"].head_weights
+    four_bits = roofline.point(record | {"variant": "w-int4"})
+    saved = layers * (2 - 4 / 8 - 2 / 128) + head * (2 - 6 / 8 - 2 / 128)
+    assert four_bits.bytes == pytest.approx(step.bytes - saved, rel=1e-9)
     assert roofline.point(record | {"workload": "quality-kl/prefill"}) is None
     assert roofline.point(record | {"variant": "lora-8"}) is None

@@ -106,9 +106,11 @@ def test_rows_in_shared_memory_and_codes_turned_ahead_change_no_sum(rows: int, b
             few.linear(x, weight, ahead, gamma, EPS, plan._replace(ahead=True))
             assert torch.equal(ahead, normed)
         for change in changes:
-            found = residual.clone()
-            few.add_linear(x, weight, found, plan._replace(**change))
-            assert torch.equal(found, wanted), change
+            # Blocks of several tiles share one staged x, and turn nothing ahead.
+            for blocks in (0, 3):
+                found = residual.clone()
+                few.add_linear(x, weight, found, plan._replace(blocks=blocks, **change))
+                assert torch.equal(found, wanted), (change, blocks)
 
 
 @pytest.mark.parametrize("blocks", [1, 3, 10, 400])
@@ -331,7 +333,8 @@ def test_plans_that_ship_at_the_sizes_that_they_are_for(key: tuple[int, int, int
     torch.manual_seed(n + k + rows)
     if mode == few.QKV:
         [shape] = [(heads, kv_heads, dim) for heads, kv_heads, dim in SHAPES if (heads + 2 * kv_heads) * dim == n]
-        check_queries_keys_and_values(shape, k, rows, bits, first=False)  # as all layers but one
+        for first in (True, False):  # the first layer's lets nobody start early
+            check_queries_keys_and_values(shape, k, rows, bits, first=first)
     elif mode == few.DRAW:
         check_draws(rows, n, k, bits)
     elif mode == few.RESIDUAL:

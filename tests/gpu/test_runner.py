@@ -150,6 +150,7 @@ def test_quantized_weights_answer_as_their_own_unpacked_weights(checkpoint: Path
     """Small batches read codes, prompts read unpacked weights: both must be the same model."""
     asked = prompts(5, 20, 120)
     engine = make(checkpoint, "bf16", quantization=quantization)
+    assert engine.runner.model.weights.packed_head.bits == {"int8": 8, "int4": 6}[quantization]
     answers = engine.generate(asked, SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True, seed=1))
     for prompt, answer in zip(asked, answers, strict=True):
         scored = engine.score([prompt + answer.token_ids])[0][len(prompt) - 1 :]

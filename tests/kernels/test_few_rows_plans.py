@@ -147,6 +147,17 @@ def test_plans_of_both_models_can_be_launched_whatever_the_rows(product: tuple[i
         assert len({plan.warps for plan in steady}) == 1, "the order of additions would depend on the rows"
 
 
+def test_what_fits_eight_rows_is_not_asked_of_sixteen(monkeypatch: pytest.MonkeyPatch) -> None:
+    product = (RESIDUAL, 2048, 8192, 4)
+    staged, ahead = Plan(8, 2, staged=True), Plan(16, 4, ahead=True)
+    for plan in (staged, ahead):
+        monkeypatch.setitem(TUNED, product, (plan, plan))
+        assert few.steady_plan(*product[:3], 8, 4) == plan and not faults(*product[:3], 8, 4, plan)
+        at_sixteen = few.steady_plan(*product[:3], 16, 4)
+        assert at_sixteen.warps == plan.warps and not at_sixteen.staged and not at_sixteen.ahead
+        assert not faults(*product[:3], 16, 4, at_sixteen)
+
+
 @pytest.mark.parametrize(
     ("product", "rows", "plan", "fault"),
     [

@@ -133,7 +133,7 @@ def steady_plan(mode: int, n: int, k: int, rows: int, bits: int = 16) -> Plan:
     plan = choose_plan(mode, n, k, 8, bits)
     if rows <= 8:
         return plan
-    plan = plan._replace(staged=False, ahead=False)  # which change no sum
+    plan = plan._replace(staged=False, ahead=False)  # they change no sum, and twice the rows and columns may not fit
     if mode != RESIDUAL:
         return plan
     # Twice the columns: what is on its way must fit into the registers.

@@ -5,8 +5,8 @@ stay bf16.
 
 Weight-only: 8 or 4 bits in groups of 128 inputs.
 Small batches read the codes; products of more rows unpack one matrix at a time into a scratch buffer that all layers share. The
-head of a model of 4 bits has 6, for what it errs by nothing behind it evens out (llama.cpp's Q4_K files do the same), and larger batches use
-the bf16 embedding that it is tied to.
+head of a model of 4 bits has 6, because nothing behind the head evens out its errors (llama.cpp's Q4_K files do the same), and larger
+batches use the bf16 embedding that it is tied to.
 """
 
 from dataclasses import dataclass
