@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import httpx
 import psutil
@@ -92,6 +92,14 @@ def eventually(look: Callable[[], T], within_s: float) -> T:
         threading.Event().wait(0.1)
 
 
+class Broken(NamedTuple):
+    """An answer that did not come back whole."""
+
+    begun: float
+    ended: float
+    text: str
+
+
 @dataclass
 class Traffic:
     """Streams that run until the block ends: `parallel` clients, each asking again as soon as it was answered, or may (Retry-After)."""
@@ -101,14 +109,19 @@ class Traffic:
     max_tokens: int = 16
     model: str = "cria"
     statuses: list[int] = field(default_factory=list)
-    broken: list[tuple[float, str]] = field(default_factory=list)
+    broken: list[Broken] = field(default_factory=list)
     arms: list[str | None] = field(default_factory=list)
     """Which arm of a test answered, in the order of the answers."""
-    _times: list[float] = field(default_factory=list)
+    _times: list[tuple[float, float]] = field(default_factory=list)
+    """When each of them was asked, and when it had answered."""
 
     def when(self, arm: str) -> list[float]:
         """The moments at which an arm answered."""
-        return [at for at, answered in zip(self._times, self.arms, strict=False) if answered == arm]
+        return [ended for (_, ended), answered in zip(self._times, self.arms, strict=False) if answered == arm]
+
+    def arms_since(self, moment: float) -> list[str | None]:
+        """Which arms answered what was asked after a moment. A slow answer to an earlier question may end among these."""
+        return [answered for (begun, _), answered in zip(self._times, self.arms, strict=False) if begun > moment]
 
     def __enter__(self) -> "Traffic":
         self._stop = threading.Event()
@@ -138,23 +151,24 @@ class Traffic:
 
     async def _client(self, http: httpx.AsyncClient) -> None:
         while not self._stop.is_set():
+            begun = time.monotonic()
             try:
-                await self.ask(http)
+                await self._ask(http, begun)
             except httpx.HTTPError as error:
-                self.broken.append((time.monotonic(), repr(error)))
+                self.broken.append(Broken(begun, time.monotonic(), repr(error)))
 
-    async def ask(self, http: httpx.AsyncClient) -> None:
+    async def _ask(self, http: httpx.AsyncClient, begun: float) -> None:
         # Each request is a session of its own, so that the shares of a test are those of requests.
         session = {"x-session-id": uuid.uuid4().hex}
         response = await http.post(f"{self.url}/v1/completions", json=body(self.max_tokens, self.model), headers=session)
         self.statuses.append(response.status_code)
-        self._times.append(time.monotonic())
+        self._times.append((begun, time.monotonic()))
         self.arms.append(response.headers.get("x-altiplano-arm"))
         whole = response.status_code == 429 or (response.status_code == 200 and response.text.endswith("data: [DONE]\n\n"))
         if response.status_code == 429:
             await asyncio.sleep(float(response.headers["retry-after"]))
         if not whole or (response.status_code == 200 and '"error"' in response.text):
-            self.broken.append((time.monotonic(), f"{response.status_code} {response.text[-300:]}"))
+            self.broken.append(Broken(begun, time.monotonic(), f"{response.status_code} {response.text[-300:]}"))
 
 
 def body(max_tokens: int, model: str = "cria") -> dict[str, Any]:

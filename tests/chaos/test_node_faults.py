@@ -174,8 +174,8 @@ def test_a_killed_node_costs_only_its_own_streams_and_capacity_comes_back(cluste
         cluster.add()
         eventually(lambda: len(two.replicas()) == 2, RECOVERY_S)
         more_answers(traffic, 20)
-    assert len(traffic.broken) <= traffic.parallel, traffic.broken
-    assert all(when < killed + 30 for when, _ in traffic.broken), "only what was in flight"
+    assert all(broken.begun < killed for broken in traffic.broken), (killed, traffic.broken)
+    assert len(traffic.broken) <= traffic.parallel, "nobody loses two"
 
 
 def test_a_node_that_is_told_to_leave_breaks_no_stream(cluster: Cluster, two: Platform) -> None:

@@ -200,13 +200,13 @@ def test_the_alias_moves_a_rollout_begins_and_a_bad_challenger_is_back_at_nothin
     with Traffic(site.platform.url, parallel=6, max_tokens=4, model="champion") as traffic:
         site.registry.set_alias(MODEL, "challenger", version)
         eventually(lambda: site.ended(version), PATIENCE_S)
-        seen = len(traffic.arms)
-        eventually(lambda: len(traffic.arms) > seen + 100, PATIENCE_S)
+        over = time.monotonic()
+        eventually(lambda: len(traffic.arms_since(over)) > 100, PATIENCE_S)
     saved = site.saved
     assert saved.state.phase == "rolled_back" and says in saved.state.reason
-    met = sorted([*traffic.when("challenger"), *(at for at, _ in traffic.broken)])
+    met = sorted([*traffic.when("challenger"), *(broken.ended for broken in traffic.broken)])
     assert met and met[-1] - met[0] < 30, "from the first user who met it to the last"
-    assert set(traffic.arms[-50:]) == {None}, "nobody is in a test any more"
+    assert set(traffic.arms_since(over)) == {None}, "nobody is in a test any more"
     assert site.platform.control.get_user_config()["aliases"] == {"champion": champion} | _previous(site)
     assert watcher.poll() is None
     eventually(lambda: site.saved.run_id is not None, 60)
@@ -270,9 +270,11 @@ def test_a_challenger_with_another_base_has_a_deployment_of_its_own_and_takes_ov
         assert site.rollout("start", "--version", str(bad), *QUICK).returncode == 0
         eventually(lambda: site.ended(bad), 2 * PATIENCE_S)
         assert site.saved.state.phase == "rolled_back" and "error rate" in site.saved.state.reason, site.saved.history
-        failed = len(traffic.broken)
-        eventually(lambda: traffic.arms[-50:] == [None] * 50, PATIENCE_S)
-    assert failed == len(traffic.broken) > 0 and all("broken" in text for _, text in traffic.broken), traffic.broken[-3:]
+        over = time.monotonic()
+        eventually(lambda: len(traffic.arms_since(over)) > 50, PATIENCE_S)
+    assert set(traffic.arms_since(over)) == {None}, "nobody is in a test any more"
+    assert traffic.broken and all("broken" in broken.text for broken in traffic.broken), traffic.broken[-3:]
+    assert max(broken.begun for broken in traffic.broken) < over
     assert control.get_user_config()["aliases"]["champion"] == champion
     eventually(lambda: set(control.status()["applications"]) == {here}, PATIENCE_S)
 

@@ -73,6 +73,9 @@ the pods: a change makes a new cluster. Ports of HAProxy's statistics stay Ray's
   value: {{ .gracefulShutdownTimeoutSeconds | quote }}
 - name: RAY_SERVE_HAPROXY_BALANCE_ALGORITHM
   value: {{ ternary "hdr(x-session-id)\n    hash-type consistent\n    hash-balance-factor 150" "leastconn" (eq .routing "session") | quote }}
+# What a dying replica has not begun to answer goes to another one.
+- name: RAY_SERVE_HAPROXY_RETRY_ON
+  value: {{ printf "conn-failure empty-response\n    option http-buffer-request\n    timeout http-request %.0fms" (mulf 1000 (.limits.body_timeout_s | default 30) | ceil) | quote }}
 {{- end }}
 {{- end -}}
 

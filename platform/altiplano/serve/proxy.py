@@ -3,6 +3,7 @@
 Serve reads this from the environment of its controller, proxies and replicas when they start.
 """
 
+import math
 import socket
 from typing import Any
 
@@ -30,7 +31,20 @@ def proxy_environment(endpoint: spec.Serve) -> dict[str, str]:
         # Every change of replicas starts a new HAProxy; the old one ends its streams for this long.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(endpoint.graceful_shutdown_timeout_s)),
         "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": haproxy_balance(endpoint),
+        "RAY_SERVE_HAPROXY_RETRY_ON": haproxy_retries(endpoint),
     }
+
+
+def haproxy_retries(endpoint: spec.Serve) -> str:
+    """When HAProxy asks another replica; its syntax, as lines of its section `defaults`.
+
+    A replica that dies has connections for a while yet: what is sent there gets no byte of an answer. HAProxy can only send it
+    again if it had the whole body before it sent any of it, so it waits for that, as long as a replica would; what does not fit
+    into its buffer (16 KiB with the headers) it passes on without a second chance. Nothing that is asked for suffers from being
+    asked twice, but for a rating, which may count twice if the replica dies between counting and saying so.
+    """
+    patience_ms = math.ceil(1000 * endpoint.limits.body_timeout_s)
+    return f"conn-failure empty-response\n    option http-buffer-request\n    timeout http-request {patience_ms}ms"
 
 
 def proxy_of(application_config: dict[str, Any]) -> str:
