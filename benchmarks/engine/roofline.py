@@ -87,15 +87,16 @@ class Point:
 
 
 def weight_bytes(shape: Shape, variant: str) -> float:
-    """Of one pass over the weights. Weight-only: the head has 8 bits, or 6 where layers have 4; W8A8: it stays bf16, and channels' scales are left out."""
+    """Of one pass over the weights. Weight-only: the head has 8 bits, or 6 where layers have 4; W8A8: it stays bf16, and channels'
+    scales are left out."""
     if variant.startswith("w8a8-"):
         return 1.0 * shape.layer_weights + 2.0 * shape.head_weights
-    bits = {"w-int8": 8, "w-int4": 4}.get(variant)
+    bits = {"w-int8": (8, 8), "w-int4": (4, 6)}.get(variant)
     if bits is None:
         return 2.0 * (shape.layer_weights + shape.head_weights)
-    head = {8: 8, 4: 6}[bits]
+    layers, head = bits
     scales = 2 * (shape.layer_weights + shape.head_weights) / GROUP
-    return (shape.layer_weights * bits + shape.head_weights * head) / 8 + scales
+    return (shape.layer_weights * layers + shape.head_weights * head) / 8 + scales
 
 
 def point(record: dict[str, Any]) -> Point | None:

@@ -105,9 +105,7 @@ def test_what_is_committed_is_within_the_bounds_and_a_worse_run_is_named(quality
     assert quality.above_bounds(records) == []
     worse = [{**record, "max": 2 * record["max"]} for record in records]
     named_too = {tuple(line.split()[:2]) for line in quality.above_bounds(worse)}
-    assert named_too == {(record["model"], record["variant"]) for record in worse} and {model for model, _ in named_too} == {
-        "1b",
-        "3b",
-    }
+    assert named_too == {(record["model"], record["variant"]) for record in worse}
+    assert {model for model, _ in named_too} == {"1b", "3b"}
     (named,) = quality.above_bounds([{**records[0], "variant": "kv-fp8", "max": 0.009}])
     assert "kv-fp8 quality-kl/prefill: 0.009, and 0.008 is allowed" in named

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from altiplano import spec
     from altiplano.cluster.kube import Object
     from altiplano.cluster.kube_release import Release
+    from altiplano.serve.control import RefusedConfigError
 
 FETCH_TIMEOUT_S = 600.0
 
@@ -65,7 +66,7 @@ def deploy(
     from altiplano.cluster.diff import plan
     from altiplano.cluster.kube import RAY_SERVICE
     from altiplano.cluster.rayservice import patch_of, user_config, with_user_config
-    from altiplano.serve.control import RefusedConfigError, named
+    from altiplano.serve.control import named
 
     timeout_s = seconds_of("--timeout", timeout)
     pipeline = load(file, overrides).pipeline
@@ -83,23 +84,17 @@ def deploy(
     else:
         err.print(f"{name} version {wanted['version']} on {service['metadata']['name']}", markup=False)
         show(plans)
-    question, refused = "Apply this?", None
+    refusal = None
     if not plans:
         hint("the endpoint is already like this")
-        if not wait or dry_run:
-            return
         # Applied is not taken: whoever applied it may have been told of a replica that refuses.
-        try:
-            if _taken_before(found, service, timeout_s) and output is Output.text:
-                out.print("every replica has taken it", markup=False)
+        refusal = _refused_before(found, service, timeout_s, output) if wait and not dry_run else None
+        if refusal is None:
             return
-        except RefusedConfigError as error:
-            # What it lacked may be there now, and replicas look at a change once: it gets another name.
-            hint(f"when it was applied, {error}")
-            question, refused = "Offer it to the replicas again?", error
-    if not agreed(question, dry_run=dry_run, yes=yes):
-        if refused:
-            raise refused
+    # What a replica lacked may be there now, and replicas look at a change once: it gets another name.
+    if not agreed("Offer it to the replicas again?" if refusal else "Apply this?", dry_run=dry_run, yes=yes):
+        if refusal:
+            raise refusal
         return
     _in_cluster(found, [*words[:3], "--version", str(wanted["version"])], tracking_uri)
     # KubeRay tells that it has seen a change before Ray Serve has it, so each change gets a name by which it is found there.
@@ -116,23 +111,28 @@ def deploy(
     )
 
 
-def _taken_before(found: "Release", service: "Object", timeout_s: float) -> bool:
-    """Wait for what was applied earlier, with the errors of `_confirm`; False: it has no name, and nobody was asked.
+def _refused_before(found: "Release", service: "Object", timeout_s: float, output: Output) -> "RefusedConfigError | None":
+    """Why a replica has refused what was applied earlier; None: all have taken it, or it has no name and nobody was asked. Says which.
 
-    Raises:
-        RefusedConfigError: a replica has refused it.
+    Other errors are those of `_confirm`.
     """
     from altiplano.cluster.rayservice import user_config
     from altiplano.serve.control import CHANGE, RefusedConfigError
 
-    if CHANGE in user_config(service):
+    if CHANGE not in user_config(service):
+        hint(
+            "it was not applied by this command, so it has no name by which replicas could be asked, and it cannot be confirmed that they "
+            "have taken it: GET /v1/models of the endpoint lists what is served, the replicas' logs say why something is not"
+        )
+        return None
+    try:
         _confirm(found, service, timeout_s, quiet=RefusedConfigError)
-        return True
-    hint(
-        "it was not applied by this command, so it has no name by which replicas could be asked, and it cannot be confirmed that they have "
-        "taken it: GET /v1/models of the endpoint lists what is served, the replicas' logs say why something is not"
-    )
-    return False
+    except RefusedConfigError as refusal:
+        hint(f"when it was applied, {refusal}")
+        return refusal
+    if output is Output.text:
+        out.print("every replica has taken it", markup=False)
+    return None
 
 
 def _confirm(found: "Release", applied: "Object", timeout_s: float, quiet: type[Exception] | tuple[()] = ()) -> None:
